@@ -1,0 +1,51 @@
+"""The one place that decides which Keras is used: `tf_keras`, the Keras 2 API.
+
+TFMOT and TFRS accept nothing else, and both look at `tf.keras` while they are imported, so
+`TF_USE_LEGACY_KERAS=1` has to be set before TensorFlow is first touched. Everything else of ours takes
+`tf`, `keras`, `tfrs()` and `tfmot()` from here and never imports them itself (a test holds this).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from types import ModuleType
+
+
+def _choose_keras() -> None:
+    chosen = os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    if chosen not in ("1", "true", "True"):
+        raise ImportError(
+            "TF_USE_LEGACY_KERAS must be 1 (TFMOT and TFRS need the Keras 2 API of tf_keras); "
+            f"received TF_USE_LEGACY_KERAS={chosen}. Unset it, or set it to 1."
+        )
+    loaded = sys.modules.get("keras")
+    if "tensorflow" in sys.modules and loaded is not None and "tf_keras" not in sys.modules:
+        raise ImportError(
+            "fusion must be imported before tf.keras is first used, because it selects tf_keras; "
+            f"Keras {getattr(loaded, '__version__', '3')} is loaded already. Import fusion first."
+        )
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up notes are not our users' concern
+_choose_keras()
+
+import tensorflow as tf  # noqa: E402  (the environment has to be set first)
+import tf_keras as keras  # noqa: E402
+
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
+
+def tfrs() -> ModuleType:
+    """TensorFlow Recommenders, imported on first use (about a second)."""
+    return importlib.import_module("tensorflow_recommenders")
+
+
+def tfmot() -> ModuleType:
+    """The TensorFlow Model Optimization Toolkit, imported on first use."""
+    return importlib.import_module("tensorflow_model_optimization")
+
+
+__all__ = ["keras", "tf", "tfmot", "tfrs"]

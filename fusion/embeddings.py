@@ -1,0 +1,146 @@
+"""Turns values into embeddings once and keeps them: batches through an encoder, cached by content.
+
+There is no training here: the encoder is used as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.compat import tf
+from fusion.errors import MachineError
+from fusion.images import Progress
+from fusion.submodels.base import Submodel, check_texts
+
+VERSION = 1
+"""Raised when the numbers that come out change, so that older caches are not used."""
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def embed(
+    submodel: Submodel,
+    values: Sequence[Any],
+    cache_dir: Path | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The embedding of each value, float32 `[N, D]` in the order of `values`.
+
+    Values are what `submodel.prepare` takes: texts, or images as uint8 `[N, H, W, 3]` (a memory map is read batch by
+    batch). Equal texts are computed once, and texts of similar length share a batch, so that little is padded.
+
+    With `cache_dir` the result is kept as `.npy` under the hash of the submodel's fingerprint and of the values, and
+    a file whose own hash is wrong is computed anew. Raises MachineError when the cache cannot be written.
+    """
+    if submodel.modality == "text":
+        values = check_texts(values)
+    path = None
+    if cache_dir is not None:
+        path = Path(cache_dir) / f"embeddings-{_key(submodel, values)}.npy"
+        cached = _read(path, (len(values), submodel.dimensions))
+        if cached is not None:
+            return cached
+    embeddings = _embed(submodel, values, batch_size, progress)
+    if path is not None:
+        _write(path, embeddings)
+    return embeddings
+
+
+def _embed(
+    submodel: Submodel, values: Sequence[Any], batch_size: int, progress: Progress | None
+) -> np.ndarray:
+    if submodel.modality == "image":
+        order = np.arange(len(values))
+        return _run(submodel, values, order, batch_size, progress)
+    distinct = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    texts = list(distinct)
+    # Longest first: a machine without enough memory says so at once, and the rest gets faster than foretold.
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    embeddings = _run(submodel, texts, order, batch_size, progress)
+    return embeddings[[distinct[value] for value in values]]
+
+
+def _run(
+    submodel: Submodel, values: Sequence[Any], order: np.ndarray, batch_size: int, progress: Progress | None
+) -> np.ndarray:
+    """The embeddings of `values`, computed in the given order of rows and returned in theirs."""
+    result = np.empty((len(values), submodel.dimensions), np.float32)
+    encode = _encode_function(submodel)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+        result[rows] = encode(**submodel.prepare(batch)).numpy()
+        if progress is not None:
+            progress(start + len(rows), len(order))
+    return result
+
+
+def _encode_function(submodel: Submodel) -> Callable[..., Any]:
+    """The encoder in inference mode as one traced graph for all batch sizes and lengths."""
+    encoder = submodel.encoder()
+    names = [tensor.name for tensor in encoder.inputs]
+    signature = {
+        name: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, name)
+        for name, tensor in zip(names, encoder.inputs, strict=True)
+    }
+    encode = tf.function(lambda **features: encoder(features, training=False))
+    return encode.get_concrete_function(**signature)
+
+
+# ---- cache ---------------------------------------------------------------------------------------------------
+
+
+def _key(submodel: Submodel, values: Sequence[Any]) -> str:
+    digest = hashlib.sha256(f"{VERSION}:{submodel.fingerprint()}:{len(values)}".encode())
+    if isinstance(values, np.ndarray):
+        digest.update(f"{values.dtype.str}:{values.shape}".encode())
+        for value in values:  # row by row, so that a memory map is never in memory as a whole
+            digest.update(np.ascontiguousarray(value))
+    else:
+        for value in values:
+            text = value.encode()
+            digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()
+
+
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The array in a file that `_write` left, or None when there is none, or it is damaged."""
+    try:
+        content = memoryview(path.read_bytes())
+        body, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if hashlib.sha256(body).digest() != digest:
+            return None
+        array = np.load(io.BytesIO(body), allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return array if array.shape == shape and array.dtype == np.float32 else None
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    """Writes `.npy` and then the SHA-256 of it, which readers of `.npy` ignore, aside; and renames."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".aside-", dir=path.parent, delete=False) as file:
+            aside = Path(file.name)
+            file.write(buffer.getbuffer())
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        os.replace(aside, path)
+    except OSError as error:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+        raise MachineError(
+            f"the cache folder {path.parent} must be writable and have room; {error.strerror or error}. "
+            "Free some space, or set another folder."
+        ) from error

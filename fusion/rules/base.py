@@ -1,0 +1,321 @@
+"""What every fusion rule promises; a rule itself is a file beside this one and a line in `RULES`.
+
+A rule is a Keras layer over the members' scores `[B, S, C]` and a mask. It is additive: the fused score is
+the sum over members of terms `[B, S, C]` plus a bias, so the terms *are* the contributions. It is defined for
+every non-empty subset of members: weights are renormalised over the members that speak on a candidate (or
+on a row of classes), a weight of zero is the same as leaving the member out, and the order of members does
+not matter. Where no member speaks, a candidate gets -inf (sorted last) and a row of classes is uniform.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from fusion.compat import keras, tf
+from fusion.config import Settings
+from fusion.errors import ConfigError, DataError
+from fusion.registry import nearest
+from fusion.rules.fitting import CandidateLists, ClassRows, candidate_lists, class_rows
+from fusion.rules.normalisation import fit_temperature, log_softmax, speaking, speaking_rows
+from fusion.types import Over
+
+MemberWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+"""A weight for each member by name."""
+
+
+class RuleSettings(Settings):
+    """Settings that all rules have."""
+
+    calibrate: bool = True
+    """Classes: fit one temperature per member on held-out logits before its probabilities are used."""
+
+
+class Rule(keras.layers.Layer):
+    """Base of the rules.
+
+    Attributes:
+        config: the settings.
+        members: names in the order of axis S.
+        over: what axis C runs over, `classes` or `candidates`.
+        learned: of a class: rules of this kind learn weights when none are given; of an object: `fit` has
+            something to do (weights, or the temperatures of members over classes).
+
+    Raises:
+        ConfigError: as `check` does.
+    """
+
+    Config: ClassVar[type[RuleSettings]] = RuleSettings
+    learned: bool = False
+
+    def __init__(self, config: RuleSettings, members: Sequence[str], over: Over, **kwargs: Any) -> None:
+        self.check(config, members)
+        super().__init__(**{"dtype": "float32", "trainable": False, **kwargs})
+        self.config = config
+        self.members = tuple(members)
+        self.over: Over = over
+        self.learned = self._learns()
+        self._numbers: dict[str, Any] = {}
+        if over == "classes":
+            self._number("temperatures", np.ones(len(self.members), np.float32))
+
+    # ---- what a rule defines
+
+    @property
+    def in_logs(self) -> bool:
+        """Over classes: whether fused scores are log-probabilities up to a constant."""
+        return False
+
+    @property
+    def features_per_member(self) -> int:
+        """F: how many numbers `normalise` gives of each member and candidate."""
+        return 1
+
+    def normalise(self, scores: Any, mask: Any = None) -> Any:
+        """The members' scores on one scale, `[B, S, C]`, NaN where silent.
+
+        Over candidates this needs the whole catalogue; the result may then be cut to some candidates and
+        handed to `fuse` or `fit`. A rule with F features per member returns `[B, F·S, C]`.
+        """
+        raise NotImplementedError
+
+    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+        """Terms `[B, S, C]`, 0 where silent, and the bias `[B, C]`, -inf for candidates without a voice."""
+        raise NotImplementedError
+
+    def _learns(self) -> bool:
+        return self.over == "classes" and self.config.calibrate
+
+    def _fit_classes(self, rows: ClassRows, seed: int) -> dict[str, Any]:
+        """Fits the temperatures; rules with weights go on from here with the calibrated members."""
+        before = self._log_loss(rows)
+        self._fit_temperatures(rows)
+        return {"loss_before": before, "loss_after": self._log_loss(rows), "iterations": 1}
+
+    def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    # ---- what all rules share
+
+    @classmethod
+    def check(cls, config: RuleSettings, members: Sequence[str]) -> None:
+        """Checks the settings against the members' names, before any data is read.
+
+        Raises:
+            ConfigError: no member, a name that stands twice, or weights that do not fit the members.
+        """
+        repeated = sorted({name for name in members if list(members).count(name) > 1})
+        if not members or repeated:
+            raise ConfigError(
+                f"the rule '{cls.__name__.lower()}' needs members with distinct names; received "
+                f"{f'{repeated[0]!r} twice' if repeated else 'none'}. Correct the list of members."
+            )
+
+    def combine(self, features: Any, mask: Any = None) -> Any:
+        """The additive terms `[B, S, C]` of normalised features; 0 where a member is silent."""
+        return self.weigh(features, mask)[0]
+
+    def terms(self, scores: Any, mask: Any = None) -> Any:
+        """The additive terms `[B, S, C]` of raw scores."""
+        return self.combine(self.normalise(scores, mask), mask)
+
+    def fuse(self, features: Any, mask: Any = None) -> Any:
+        """The fused score `[B, C]` of normalised features."""
+        terms, bias = self.weigh(features, mask)
+        return tf.reduce_sum(terms, axis=1) + bias
+
+    def call(self, scores: Any, mask: Any = None) -> Any:
+        """The fused score, float32 `[B, C]`.
+
+        Args:
+            scores: `[B, S, C]`: logits for classes, the members' own scores for candidates.
+            mask: None, `[B, S]` or broadcastable to `[B, S, C]`; False silences, and so does a score that is
+                not finite.
+        """
+        return self.fuse(self.normalise(scores, mask), mask)
+
+    def contributions(self, scores: Any, mask: Any = None) -> tuple[Any, Any]:
+        """What each member adds, `[B, S, C]`, and the bias, `[B, C]`; their sum is the fused score."""
+        return self.weigh(self.normalise(scores, mask), mask)
+
+    def probabilities(self, fused: Any) -> Any:
+        """Probabilities `[B, C]` of the fused scores of classes; ValueError over candidates."""
+        if self.over != "classes":
+            raise ValueError("probabilities are defined over classes; this rule fuses candidates.")
+        if self.in_logs:
+            return tf.nn.softmax(fused, axis=1)
+        return fused / tf.reduce_sum(fused, axis=1, keepdims=True)
+
+    def fit(
+        self,
+        features: np.ndarray,
+        mask: np.ndarray | None,
+        labels: np.ndarray,
+        weights: np.ndarray | None = None,
+        *,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Learns what the rule learns, on scores that the members gave to rows they were not fitted on.
+
+        Members know the rows they were fitted on by heart; weights learned there would go to whoever
+        overfits most.
+
+        Args:
+            features: classes: raw logits `[N, S, C]`; candidates: `normalise` over the whole catalogue, cut
+                to K candidates a user, `[N, F·S, K]`.
+            mask: None, `[N, S]`, or broadcastable to `[N, S, C]` (`[N, S, K]`).
+            labels: classes: int `[N]`; candidates: bool `[N, K]`, the positives.
+            weights: classes: of the rows, `[N]`; candidates: how many candidates each stands for, `[N, K]`.
+            seed: of whatever is drawn at random.
+
+        Returns:
+            `loss_before`, `loss_after` (mean log-loss, or mean list-wise cross-entropy), `iterations`,
+            `rows`, and by member `weights`, `temperatures` where the rule has them; JSON-able.
+
+        Raises:
+            DataError: shapes do not fit, or no row is usable.
+            TypeError: the rule has nothing to learn (`learned` is False).
+        """
+        if not self.learned:
+            raise TypeError(f"the rule '{type(self).__name__.lower()}' as configured has nothing to learn.")
+        self._check_members(features)
+        if self.over == "classes":
+            rows = class_rows(features, mask, labels, weights)
+            report = self._fit_classes(rows, seed)
+            temperatures = self._numbers["temperatures"].numpy()
+            return {**report, "rows": len(rows.labels), "temperatures": self._by_member(temperatures)}
+        lists = candidate_lists(features, mask, labels, weights, len(self.members))
+        return {**self._fit_candidates(lists, seed), "rows": len(lists.positives)}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The learned numbers by name; empty for a rule without any."""
+        return {name: variable.numpy() for name, variable in self._numbers.items()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes back what `state` gave; DataError when names or shapes differ or a number is not finite."""
+        if set(state) != set(self._numbers):
+            raise DataError(
+                f"the state of the rule '{type(self).__name__.lower()}' must hold {sorted(self._numbers)}; "
+                f"received {sorted(state)}. Fit the rule again."
+            )
+        for name, variable in self._numbers.items():
+            value = np.asarray(state[name])
+            if value.shape != tuple(variable.shape) or not np.isfinite(value).all():
+                raise DataError(
+                    f"'{name}' of the rule '{type(self).__name__.lower()}' must be finite numbers of shape "
+                    f"{tuple(variable.shape)}; received shape {value.shape}. Fit the rule again."
+                )
+            variable.assign(value)
+
+    def get_config(self) -> dict[str, Any]:
+        """What Keras needs to make the layer again; `from_config` is its inverse."""
+        config = self.config.model_dump(mode="json")
+        return {**super().get_config(), "config": config, "members": list(self.members), "over": self.over}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Rule:
+        """The layer described by `get_config`, without its learned numbers."""
+        return cls(**{**config, "config": cls.Config.model_validate(config["config"])})
+
+    # ---- helpers of the rules
+
+    def _number(self, name: str, value: np.ndarray) -> Any:
+        """A learned number that is part of `state`."""
+        variable = self.add_weight(
+            name=name, shape=value.shape, initializer=keras.initializers.Constant(value), trainable=False
+        )
+        self._numbers[name] = variable
+        return variable
+
+    def _check_members(self, features: np.ndarray) -> None:
+        expected = len(self.members) * self.features_per_member
+        if np.ndim(features) != 3 or features.shape[1] != expected:
+            raise DataError(
+                f"axis 1 of [N, S, C] must have {expected} rows for the members {', '.join(self.members)}; "
+                f"received {np.shape(features)}. Stack the scores in the order of the members."
+            )
+
+    def _by_member(self, values: np.ndarray) -> dict[str, float]:
+        return {name: float(value) for name, value in zip(self.members, values, strict=True)}
+
+    def _log_probabilities(self, scores: Any, mask: Any) -> Any:
+        """Calibrated log-probabilities of classes, `[B, S, C]`, NaN where silent."""
+        temperatures = self._numbers["temperatures"][:, tf.newaxis]
+        return log_softmax(scores, speaking_rows(scores, mask), temperatures)
+
+    def _voiceless(self, voiced: Any, classes: Any) -> Any:
+        """The bias `[B, C]` of entries without a voice: -inf for candidates, uniform for classes; else 0."""
+        if self.over == "candidates":
+            return tf.where(voiced, 0.0, -math.inf)
+        count = tf.cast(classes, tf.float32)
+        return tf.where(voiced, 0.0, -tf.math.log(count) if self.in_logs else 1.0 / count)
+
+    def _weighted_mean(self, features: Any, mask: Any, weights: Any) -> tuple[Any, Any]:
+        """`weigh` of the rules that are a mean over the members that speak; weights `[S]`."""
+        terms, voiced = weighted_mean(features, speaking(features, mask), weights)
+        return terms, self._voiceless(voiced, tf.shape(features)[2])
+
+    def _fit_temperatures(self, rows: ClassRows) -> None:
+        if not self.config.calibrate:
+            return
+        fitted = [
+            fit_temperature(rows.logits[said, s], rows.labels[said], rows.weights[said])
+            for s, said in enumerate(rows.speaks.T)
+        ]
+        self._numbers["temperatures"].assign(fitted)
+
+    def _log_loss(self, rows: ClassRows) -> float:
+        """Mean log-loss of the rule as it stands."""
+        fused = self.probabilities(self(tf.constant(rows.logits), mask=tf.constant(rows.speaks))).numpy()
+        picked = fused[np.arange(len(rows.labels)), rows.labels].astype(np.float64)
+        return float(-np.average(np.log(np.maximum(picked, 1e-15)), weights=rows.weights))
+
+
+def weighted_mean(values: Any, speaks: Any, weights: Any) -> tuple[Any, Any]:
+    """The terms of the mean over the members that speak, and where that mean is defined.
+
+    Args:
+        values: `[B, S, C]`, anything where silent.
+        speaks: bool `[B, S, C]`.
+        weights: `[S]`, ≥ 0.
+
+    Returns:
+        terms `[B, S, C]`, 0 where silent; voiced, bool `[B, C]`: a member of positive weight speaks.
+    """
+    weights = tf.convert_to_tensor(weights)[:, tf.newaxis]
+    zero = tf.zeros([], weights.dtype)
+    total = tf.reduce_sum(tf.where(speaks, weights, zero), axis=1, keepdims=True)
+    voiced = total > 0
+    terms = tf.where(speaks, values, zero) * weights / tf.where(voiced, total, tf.ones([], weights.dtype))
+    return terms, voiced[:, 0]
+
+
+def given_weights(rule: str, weights: Mapping[str, float] | None, members: Sequence[str]) -> np.ndarray:
+    """Weights of a config in the order of the members, float32 `[S]`, sum 1; equal when none are given.
+
+    Raises:
+        ConfigError: an unknown member, a member without a weight, or no weight above zero.
+    """
+    if weights is None:
+        return np.full(len(members), 1.0 / max(len(members), 1), np.float32)
+    for name in weights:
+        if name not in members:
+            hint = nearest(name, members)
+            raise ConfigError(f"the rule '{rule}' weighs the unknown member '{name}': {hint}")
+    missing = [name for name in members if name not in weights]
+    if missing:
+        raise ConfigError(
+            f"the weights of the rule '{rule}' must name every member; '{missing[0]}' is missing. "
+            "Give it a weight (0 leaves it out), or give no weights at all."
+        )
+    values = np.array([weights[name] for name in members], np.float64)
+    if values.sum() <= 0:
+        raise ConfigError(
+            f"the rule '{rule}' needs a member with a weight above 0; received 0 for {', '.join(members)}. "
+            "Raise one of them, or give no weights at all."
+        )
+    return (values / values.sum()).astype(np.float32)

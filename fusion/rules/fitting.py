@@ -1,0 +1,204 @@
+"""What learned rules are fitted on, their two losses, and the minimiser; knows no rule.
+
+Rows on which no member speaks, and lists that teach nothing, are left out here, once for all rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from fusion.compat import tf
+from fusion.errors import DataError
+from fusion.rules.normalisation import LARGEST
+
+BLOCK = 4_000_000
+"""Numbers of the largest array that are cast to float64 at a time."""
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """Out-of-fold answers of a classifier's members.
+
+    Attributes:
+        logits: float32 `[N, S, C]`, 0 where silent.
+        speaks: bool `[N, S]`, at least one in each row.
+        labels: int64 `[N]`.
+        weights: float64 `[N]` of the rows.
+    """
+
+    logits: np.ndarray
+    speaks: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class CandidateLists:
+    """Out-of-fold answers over sampled candidates, one list a user.
+
+    Attributes:
+        features: float32 `[N, F·S, K]` as the rule normalises them, NaN where silent.
+        speaks: bool `[N, S, K]`.
+        positives: bool `[N, K]`, at least one in each list on which a member speaks.
+        weights: float64 `[N, K]`: how many candidates of the catalogue each one stands for.
+    """
+
+    features: np.ndarray
+    speaks: np.ndarray
+    positives: np.ndarray
+    weights: np.ndarray
+
+
+def class_rows(
+    logits: np.ndarray, mask: np.ndarray | None, labels: np.ndarray, weights: np.ndarray | None
+) -> ClassRows:
+    """Checks and cuts what `Rule.fit` takes over classes; DataError when shapes or labels do not fit."""
+    logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
+    row_weights = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
+    if logits.ndim != 3 or labels.shape != logits.shape[:1] or row_weights.shape != labels.shape:
+        raise DataError(
+            "a rule over classes is fitted on logits [N, S, C], labels [N] and weights [N]; received "
+            f"{logits.shape}, {labels.shape} and {row_weights.shape}. Pass one label a row."
+        )
+    if len(labels) and not (0 <= labels.min() and labels.max() < logits.shape[2]):
+        raise DataError(
+            f"labels must be class numbers from 0 to {logits.shape[2] - 1}; received {labels.min()} to "
+            f"{labels.max()}. Number the classes in the order of the logits."
+        )
+    speaks = _speaking(logits, mask).all(axis=2)
+    kept = speaks.any(axis=1) & (row_weights > 0)
+    if not kept.any():
+        raise DataError(
+            f"a rule is fitted on rows that a member answers; received {len(labels)} rows and no such row. "
+            "Use calibrate: false with a rule that is not learned, or more data."
+        )
+    logits, speaks = logits[kept], speaks[kept]
+    logits = np.where(speaks[:, :, None], logits, np.float32(0))
+    return ClassRows(logits, speaks, labels[kept].astype(np.int64), row_weights[kept])
+
+
+def candidate_lists(
+    features: np.ndarray,
+    mask: np.ndarray | None,
+    positives: np.ndarray,
+    weights: np.ndarray | None,
+    members: int,
+) -> CandidateLists:
+    """Checks and cuts what `Rule.fit` takes over candidates; DataError when no list can teach anything."""
+    features, positives = np.asarray(features, np.float32), np.asarray(positives, bool)
+    importance = np.ones(positives.shape) if weights is None else np.asarray(weights, np.float64)
+    expected = (features.shape[0], features.shape[-1])
+    if features.ndim != 3 or positives.shape != expected or importance.shape != expected:
+        raise DataError(
+            "a rule over candidates is fitted on features [N, F*S, K], labels [N, K] and weights [N, K]; "
+            f"received {features.shape}, {positives.shape} and {importance.shape}. Cut all to the same K."
+        )
+    speaks = _speaking(features[:, :members], mask)
+    counted = speaks.any(axis=1) & (importance > 0)
+    kept = (counted & positives).any(axis=1) & (counted & ~positives).any(axis=1)
+    if not kept.any():
+        raise DataError(
+            "a rule is fitted on lists that hold a positive and another candidate which members score; "
+            f"received {len(features)} lists and no such list. Use a rule that is not learned, or more data."
+        )
+    return CandidateLists(features[kept], speaks[kept], (positives & counted)[kept], importance[kept])
+
+
+def _speaking(scores: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    finite = np.abs(scores) <= LARGEST
+    if mask is None:
+        return finite
+    mask = np.asarray(mask, bool)
+    return finite & (mask[:, :, None] if mask.ndim == 2 else mask)
+
+
+def class_loss(fused: Any, labels: Any) -> Any:
+    """Cross-entropy `[N]` of `softmax(fused)`, fused `[N, C]`."""
+    picked = tf.gather(fused, labels, batch_dims=1)
+    return tf.reduce_logsumexp(fused, axis=1) - picked
+
+
+def list_wise_loss(fused: Any, voiced: Any, positives: Any, weights: Any) -> Any:
+    """Softmax cross-entropy `[N]` of each list, the positives of a list sharing one unit of mass.
+
+    A sampled candidate with weight q stands for q candidates: it enters the partition sum as q·exp(score)
+    (ListNet, Cao et al. 2007, with self-normalised importance sampling).
+
+    Args:
+        fused: `[N, K]`; voiced: bool, where a member speaks; positives: bool; weights: q ≥ 0; all `[N, K]`.
+    """
+    counted = tf.logical_and(voiced, weights > 0)
+    logits = tf.where(counted, fused + tf.math.log(tf.where(counted, weights, 1.0)), -LARGEST)
+    share = tf.cast(tf.logical_and(positives, counted), fused.dtype)
+    share /= tf.maximum(tf.reduce_sum(share, axis=1, keepdims=True), 1.0)
+    # A list whose positives are all silenced teaches nothing: its shares are zero, and so is its loss.
+    taught = tf.reduce_sum(share, axis=1)
+    return taught * tf.reduce_logsumexp(logits, axis=1) - tf.reduce_sum(share * fused, axis=1)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a loss is least: the parameters, the mean loss without its penalty, and the iterations taken."""
+
+    parameters: np.ndarray
+    loss: float
+    iterations: int
+
+
+def minimise(
+    loss: Callable[..., Any],
+    rows: Sequence[np.ndarray],
+    start: np.ndarray,
+    bounds: Sequence[tuple[float | None, float | None]],
+    penalty: Callable[[Any], Any] | None = None,
+) -> Minimum:
+    """Minimises `(sum of loss over the rows + penalty) / N` by L-BFGS-B in float64, with exact gradients.
+
+    Args:
+        loss: `loss(parameters [P], *rows of a block) -> [n]`; floats of the rows arrive as float64.
+        rows: arrays with the same leading axis N.
+        start: `[P]`.
+        bounds: `(low, high)` of each parameter.
+        penalty: `penalty(parameters) -> scalar`, counted once whatever N is.
+    """
+    count = len(rows[0])
+    size = max(1, BLOCK // max(1, max(array[0].size for array in rows)))
+    blocks = [tuple(array[at : at + size] for array in rows) for at in range(0, count, size)]
+    signature = [tf.TensorSpec([None, *array.shape[1:]], array.dtype) for array in rows]
+
+    @tf.function(input_signature=[tf.TensorSpec([len(start)], tf.float64), *signature])
+    def block_loss(parameters: Any, *block: Any) -> Any:
+        block = tuple(tf.cast(part, tf.float64) if part.dtype.is_floating else part for part in block)
+        with tf.GradientTape() as tape:
+            tape.watch(parameters)
+            total = tf.reduce_sum(loss(parameters, *block))
+        return total, tape.gradient(total, parameters, unconnected_gradients="zero")
+
+    def penalised(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        theta = tf.constant(parameters, tf.float64)
+        results = [block_loss(theta, *block) for block in blocks]
+        value = sum(float(total) for total, _ in results)
+        gradient = np.sum([slope.numpy() for _, slope in results], axis=0)
+        if penalty is not None:
+            with tf.GradientTape() as tape:
+                tape.watch(theta)
+                added = penalty(theta)
+            value += float(added)
+            gradient = gradient + tape.gradient(added, theta).numpy()
+        return value / count, gradient / count
+
+    best = minimize(
+        penalised,
+        np.asarray(start, np.float64),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 300, "ftol": 1e-12, "gtol": 1e-8},
+    )
+    plain = sum(float(block_loss(tf.constant(best.x, tf.float64), *block)[0]) for block in blocks)
+    return Minimum(best.x, plain / count, int(best.nit))

@@ -1,0 +1,169 @@
+"""Puts the scores of one member on a scale that can be compared with another's; mixes no members.
+
+Every function here treats each member alone, so silencing one never changes what the others say. Silence
+travels inside the numbers: a normalised score is NaN where its member does not speak, and `speaking` reads
+that back. Only operations that LiteRT has as builtins are used (no IsFinite, no sort over the full axis).
+
+Axes: B batch, S submodel, C class or candidate. Scores float32 `[B, S, C]`, `speaks` bool `[B, S, C]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax as numpy_log_softmax
+
+from fusion.compat import tf
+
+LARGEST = 1e30
+"""Scores beyond ±1e30 count as non-finite: such values are other people's masks (float32's minimum), and
+differences of them overflow."""
+
+FLAT = 1e-6
+"""A range below this share of the largest magnitude is rounding of float32: the scores count as constant."""
+
+TEMPERATURES = (1e-2, 1e2)
+"""Where a temperature is looked for."""
+
+Normalisation = Literal["standardise", "rank", "softmax", "none"]
+"""How a member's scores over candidates are made comparable."""
+
+
+def speaking(scores: Any, mask: Any = None) -> Any:
+    """Where a member answers: finite scores that the mask lets through, bool `[B, S, C]`.
+
+    Args:
+        scores: `[B, S, C]`.
+        mask: None, `[B, S]`, or anything broadcastable to `[B, S, C]`; True means it may speak.
+    """
+    finite = tf.abs(scores) <= LARGEST  # False for NaN and for both infinities
+    if mask is None:
+        return finite
+    mask = tf.cast(mask, tf.bool)
+    return tf.logical_and(finite, mask[:, :, tf.newaxis] if mask.shape.rank == 2 else mask)
+
+
+def speaking_rows(scores: Any, mask: Any = None) -> Any:
+    """Classes: a member speaks on a row wholly or not at all, bool `[B, S, 1]`."""
+    return tf.reduce_all(speaking(scores, mask), axis=2, keepdims=True)
+
+
+def speaking_candidates(scores: Any, mask: Any = None) -> Any:
+    """Candidates: as `speaking`, but a member that scores all items alike is silent for that user.
+
+    Constant scores are what a member gives that knows nothing, for instance about an empty history;
+    their ranks would be the order of item numbers.
+    """
+    speaks = speaking(scores, mask)
+    low, high = _range(scores, speaks)
+    largest = tf.maximum(tf.abs(low), tf.abs(high))
+    return tf.logical_and(speaks, high - low > FLAT * largest)
+
+
+def silence(values: Any, speaks: Any) -> Any:
+    """`values` with NaN where the member does not speak."""
+    return tf.where(speaks, values, np.float32("nan"))
+
+
+def _range(scores: Any, speaks: Any) -> tuple[Any, Any]:
+    """Smallest and largest score of each member, `[B, S, 1]`; high < low where it says nothing."""
+    low = tf.reduce_min(tf.where(speaks, scores, LARGEST), axis=2, keepdims=True)
+    high = tf.reduce_max(tf.where(speaks, scores, -LARGEST), axis=2, keepdims=True)
+    return low, high
+
+
+def standardise(scores: Any, speaks: Any) -> Any:
+    """Z-scores of each member over the items that it speaks on, NaN elsewhere; population deviation.
+
+    Scores are moved to [0, 1] first, so that squares neither overflow nor vanish in float32.
+    """
+    low, high = _range(scores, speaks)
+    varies = high > low
+    low, width = tf.where(varies, low, 0.0), tf.where(varies, high - low, 1.0)
+    count = tf.reduce_sum(tf.cast(speaks, tf.float32), axis=2, keepdims=True)
+    count = tf.maximum(count, 1.0)
+    values = tf.where(speaks, (tf.where(speaks, scores, 0.0) - low) / width, 0.0)
+    mean = tf.reduce_sum(values, axis=2, keepdims=True) / count
+    values = tf.where(speaks, values - mean, 0.0)
+    variance = tf.reduce_sum(tf.square(values), axis=2, keepdims=True) / count
+    return silence(values / tf.sqrt(tf.where(varies, variance, 1.0)), speaks)
+
+
+def list_length(scores: Any, top_n: int) -> Any:
+    """How many places a ranking has: `top_n`, or C where there are fewer candidates; int32 scalar."""
+    return tf.minimum(top_n, tf.shape(scores)[2])
+
+
+def spread_by_rank(scores: Any, speaks: Any, points: Any) -> Any:
+    """Gives the r-th best item of each member `points[r]`, others 0, silent ones NaN.
+
+    Equal scores are ranked by item number, the lower first.
+
+    Args:
+        scores, speaks: `[B, S, C]`.
+        points: float32 `[N]`, N at most C, best place first.
+    """
+    shape = tf.shape(scores)
+    rows, places = shape[0] * shape[1], tf.shape(points)[0]
+    sortable = tf.reshape(tf.where(speaks, scores, -2.0 * LARGEST), [rows, shape[2]])
+    best = tf.math.top_k(sortable, k=places).indices  # [B·S, N]
+    row = tf.broadcast_to(tf.range(rows)[:, tf.newaxis], [rows, places])
+    given = tf.broadcast_to(points[tf.newaxis, :], [rows, places])
+    spread = tf.scatter_nd(tf.stack([row, best], axis=2), given, [rows, shape[2]])
+    return silence(tf.reshape(spread, shape), speaks)
+
+
+def ranks(scores: Any, speaks: Any, top_n: int) -> Any:
+    """Normalised ranks: 1 for a member's best item, in equal steps to 1/N for its N-th, 0 below."""
+    places = list_length(scores, top_n)
+    points = 1.0 - tf.cast(tf.range(places), tf.float32) / tf.cast(places, tf.float32)
+    return spread_by_rank(scores, speaks, points)
+
+
+def log_softmax(scores: Any, speaks: Any, temperature: Any = 1.0) -> Any:
+    """Log-softmax of `scores / temperature` over the entries that a member speaks on, NaN elsewhere."""
+    return silence(tf.nn.log_softmax(tf.where(speaks, scores / temperature, -LARGEST), axis=2), speaks)
+
+
+def over_candidates(kind: Normalisation, scores: Any, mask: Any, top_n: int, temperature: float) -> Any:
+    """The members' scores over the whole catalogue on one scale, `[B, S, C]`, NaN where silent.
+
+    Args:
+        kind: `standardise`, `rank`, `softmax` (log-softmax of z-scores / temperature) or `none`.
+        scores, mask: as `speaking` takes them; C must be the whole catalogue, never a part of it.
+        top_n: places of a ranking (`rank`).
+        temperature: of the softmax (`softmax`).
+    """
+    speaks = speaking_candidates(scores, mask)
+    if kind == "none":
+        return silence(scores, speaks)
+    if kind == "rank":
+        return ranks(scores, speaks, top_n)
+    standardised = standardise(scores, speaks)
+    return standardised if kind == "standardise" else log_softmax(standardised, speaks, temperature)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """The temperature T > 0 that minimises the log-loss of `softmax(logits / T)` (Guo et al. 2017).
+
+    Args:
+        logits: `[N, C]` of rows that the member was not fitted on.
+        labels: int `[N]`.
+        weights: `[N]` of the rows; None means equal.
+
+    Returns:
+        T within `TEMPERATURES`; 1.0 when there is no row.
+    """
+    if len(logits) == 0:
+        return 1.0
+    logits = logits.astype(np.float64)
+
+    def loss(log_temperature: float) -> float:
+        log_probabilities = numpy_log_softmax(logits / np.exp(log_temperature), axis=1)
+        return -float(np.average(log_probabilities[np.arange(len(labels)), labels], weights=weights))
+
+    low, high = np.log(TEMPERATURES)
+    best = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4})
+    return float(np.exp(best.x))

@@ -1,0 +1,271 @@
+"""The learned stacker: a linear model over the members' calibrated scores, fitted out of fold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from fusion.compat import keras, tf
+from fusion.rules.base import Rule, RuleSettings
+from fusion.rules.fitting import CandidateLists, ClassRows, Minimum, class_loss, list_wise_loss, minimise
+from fusion.rules.normalisation import over_candidates, speaking
+from fusion.types import Over, derive_seed
+
+Feature = Literal["standardise", "rank"]
+
+LEVELS = (-5.0, 5.0)
+"""Bounds of the logarithm of the common level that equal weights are given before they are told apart."""
+
+
+@keras.saving.register_keras_serializable("fusion")
+class Stacker(Rule):
+    """A sum over members of learned weights, of any sign, times calibrated log-probabilities or features.
+
+    Classes: multinomial logistic regression with one weight per member (`per_class`: one per member and
+    class) and a bias per class. Candidates: list-wise softmax regression on the features of each member.
+    Weights are shrunk (L2) toward equal weights at the level that fits best.
+
+    It learns from out-of-fold scores only: a member's scores on rows it was fitted on are better than it is,
+    and weights learned there go to whoever overfits most.
+
+    Where members are silent, the terms of the others are multiplied by `(Σ influence of all / Σ influence of
+    those that speak)^c`. A member's influence is the spread of its terms in the fit (its coefficient alone
+    misleads: a member calibrated to near uniform keeps a large one). With c = 1 weights are renormalised as
+    in the other rules; with c = 0 a silent member counts as indifferent. c in [0, 1] is learned, and shrunk
+    to 1: an item on which only a weak member speaks must not outshout items that everybody has judged.
+    Member dropout in the fit shows it all subsets.
+    """
+
+    learned = True
+
+    class Config(RuleSettings):
+        """Settings of the stacker."""
+
+        features: tuple[Feature, ...] = Field(("standardise", "rank"), min_length=1)
+        """Candidates: what the model sees of each member; weights are shrunk to equal ones on the first."""
+        per_class: bool = False
+        """Classes: a weight for each member and class instead of one for each member."""
+        shrinkage: float = Field(10.0, gt=0, allow_inf_nan=False)
+        """Strength of the pull to equal weights, on the loss summed over rows: it fades as rows grow."""
+        member_dropout: float = Field(0.2, ge=0, lt=1)
+        """Chance that the fit silences a member on a row; the last voice of a row is never silenced."""
+        top_n: int = Field(1000, ge=1)
+        """Candidates: how many of a member's best items have a rank."""
+
+        @field_validator("features")
+        @classmethod
+        def _distinct(cls, features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+            if len(set(features)) < len(features):
+                raise ValueError("a feature may be named once")
+            return features
+
+    config: Config
+
+    def __init__(self, config: Config, members: Sequence[str], over: Over, **kwargs: Any) -> None:
+        super().__init__(config, members, over, **kwargs)
+        self._number("compensation", np.ones((), np.float32))
+        self._number("influence", np.full(len(self.members), 1.0 / len(self.members), np.float32))
+        if over == "candidates":
+            self._number("weights", self._equal_weights(1).astype(np.float32))
+
+    def build(self, input_shape: Any) -> None:
+        """Makes the weights that depend on the number of classes."""
+        if self.over == "classes":
+            self._number_classes(int(input_shape[-1]))
+        super().build(input_shape)
+
+    def _number_classes(self, classes: int) -> None:
+        if "bias" in self._numbers:
+            return
+        wide = classes if self.config.per_class else 1
+        self._number("weights", self._equal_weights(wide).astype(np.float32))
+        self._number("bias", np.zeros(classes, np.float32))
+
+    @property
+    def in_logs(self) -> bool:
+        """Fused scores are log-probabilities up to a constant."""
+        return True
+
+    def _learns(self) -> bool:
+        return True
+
+    @property
+    def _features(self) -> tuple[str, ...]:
+        return self.config.features if self.over == "candidates" else ("log_probability",)
+
+    @property
+    def features_per_member(self) -> int:
+        """One log-probability of a class, or the chosen features of a candidate."""
+        return len(self._features)
+
+    def _equal_weights(self, wide: int) -> np.ndarray:
+        """1/S on the first feature, 0 on the others, `[F, S, 1 or C]`."""
+        weights = np.zeros((self.features_per_member, len(self.members), wide))
+        weights[0] = 1.0 / len(self.members)
+        return weights
+
+    def normalise(self, scores: Any, mask: Any = None) -> Any:
+        """Classes: log-probabilities `[B, S, C]`; candidates: feature after feature, `[B, F·S, C]`."""
+        if self.over == "classes":
+            return self._log_probabilities(scores, mask)
+        features = [
+            over_candidates(kind, scores, mask, self.config.top_n, 1.0) for kind in self.config.features
+        ]
+        return features[0] if len(features) == 1 else tf.concat(features, axis=1)
+
+    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+        """The learned terms, and the bias of classes where a member speaks."""
+        speaks = speaking(features[:, : len(self.members)], mask)
+        numbers = self._numbers
+        terms, voiced = stack(
+            features, speaks, numbers["weights"], numbers["influence"], numbers["compensation"]
+        )
+        bias = self._voiceless(voiced, tf.shape(features)[2])
+        if self.over == "classes":
+            bias += tf.where(voiced, numbers["bias"], 0.0)
+        return terms, bias
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """As `Rule.load_state`; the number of classes is taken from the state."""
+        if self.over == "classes" and np.ndim(state.get("bias")) == 1:
+            self._number_classes(len(state["bias"]))
+        super().load_state(state)
+
+    # ---- fitting
+
+    def _fit_classes(self, rows: ClassRows, seed: int) -> dict[str, Any]:
+        classes = rows.logits.shape[2]
+        self._number_classes(classes)
+        self._fit_temperatures(rows)
+        calibrated = self._log_probabilities(tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
+
+        def loss(
+            weights: Any, bias: Any, factors: Any, features: Any, speaks: Any, labels: Any, counts: Any
+        ) -> Any:
+            terms, _ = stack(features, speaks[:, :, tf.newaxis], weights, *factors)
+            return counts * class_loss(tf.reduce_sum(terms, axis=1) + bias, labels)
+
+        dropped = self._drop_members(rows.speaks, seed)
+        return self._regress(loss, (calibrated, dropped, rows.labels, rows.weights), classes)
+
+    def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
+        def loss(
+            weights: Any, _: Any, factors: Any, features: Any, speaks: Any, positives: Any, counts: Any
+        ) -> Any:
+            terms, voiced = stack(features, speaks, weights, *factors)
+            return list_wise_loss(tf.reduce_sum(terms, axis=1), voiced, positives, counts)
+
+        dropped = lists.speaks & self._drop_members(lists.speaks.any(axis=2), seed)[:, :, None]
+        return self._regress(loss, (lists.features, dropped, lists.positives, lists.weights), 0)
+
+    def _regress(self, loss: Any, rows: Sequence[np.ndarray], classes: int) -> dict[str, Any]:
+        """Finds the level of equal weights, the weights around it, then the compensation; keeps them.
+
+        The first two steps leave silent members at 0, which makes the loss convex. The compensation is a step
+        of its own because influence has a cusp at 0 that no weight would cross on the way to its sign.
+        """
+        equal = self._equal_weights(classes if self.config.per_class else 1)
+        none, strength = np.zeros(classes), self.config.shrinkage / 2.0
+        plain = (np.ones(len(self.members)), 0.0)
+
+        def of_level(parameters: Any, *block: Any) -> Any:
+            return loss(tf.exp(parameters[0]) * equal, none, plain, *block)
+
+        level = minimise(of_level, rows, np.zeros(1), [LEVELS])
+        target = np.concatenate([np.exp(level.parameters[0]) * equal.ravel(), none])
+
+        def of_weights(parameters: Any, *block: Any) -> Any:
+            weights = tf.reshape(parameters[: equal.size], equal.shape)
+            return loss(weights, parameters[equal.size :], plain, *block)
+
+        free = [(None, None)] * len(target)
+        fitted = minimise(
+            of_weights, rows, target, free, lambda p: strength * tf.reduce_sum((p - target) ** 2)
+        )
+        weights = fitted.parameters[: equal.size].reshape(equal.shape)
+        bias = fitted.parameters[equal.size :]
+        influence = _spread_of_terms(rows[0], rows[1], weights)
+
+        def of_compensation(parameters: Any, *block: Any) -> Any:
+            return loss(tf.constant(weights), bias, (influence, parameters[0]), *block)
+
+        last = minimise(
+            of_compensation, rows, np.ones(1), [(0.0, 1.0)], lambda p: strength * (p[0] - 1.0) ** 2
+        )
+        self._numbers["weights"].assign(weights)
+        self._numbers["influence"].assign(influence)
+        self._numbers["compensation"].assign(last.parameters[0])
+        if classes:
+            self._numbers["bias"].assign(bias)
+        return self._report(level, fitted, last)
+
+    def _drop_members(self, spoken: np.ndarray, seed: int) -> np.ndarray:
+        """`spoken` `[N, S]` with members silenced at random, but never all of a row."""
+        chance = self.config.member_dropout
+        draws = [
+            # Drawn by name, so that the order of members does not matter.
+            np.random.default_rng(derive_seed(seed, "member dropout", name)).random(len(spoken))
+            for name in self.members
+        ]
+        kept = spoken & (np.stack(draws, axis=1) >= chance)
+        return np.where(kept.any(axis=1, keepdims=True), kept, spoken)
+
+    def _report(self, level: Minimum, fitted: Minimum, last: Minimum) -> dict[str, Any]:
+        coefficients = self._numbers["weights"].numpy().mean(axis=2)
+        return {
+            "loss_before": level.loss,
+            "loss_after": last.loss,
+            "iterations": level.iterations + fitted.iterations + last.iterations,
+            "weights": self._by_member(self._numbers["influence"].numpy()),
+            "coefficients": {
+                feature: self._by_member(values)
+                for feature, values in zip(self._features, coefficients, strict=True)
+            },
+            "compensation": float(last.parameters[0]),
+        }
+
+
+def _spread_of_terms(features: np.ndarray, speaks: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Standard deviation of each member's terms within rows, over the entries that it speaks on, `[S]`.
+
+    Args:
+        features: `[N, F·S, C]`; speaks: bool `[N, S]` or `[N, S, C]`; weights: `[F, S, 1 or C]`.
+    """
+    members = weights.shape[1]
+    spreads = np.zeros(members)
+    for s in range(members):
+        said = np.broadcast_to(speaks[:, s].reshape(len(features), -1), features[:, s].shape)
+        terms = sum(np.where(said, features[:, f * members + s], 0) * w[s] for f, w in enumerate(weights))
+        count = np.maximum(said.sum(axis=1, keepdims=True), 1)
+        centred = np.where(said, terms - terms.sum(axis=1, keepdims=True, where=said) / count, 0)
+        spreads[s] = np.sqrt(np.square(centred).sum() / max(said.sum(), 1))
+    return spreads
+
+
+def stack(features: Any, speaks: Any, weights: Any, influence: Any, compensation: Any) -> tuple[Any, Any]:
+    """The stacker's terms, and where they are defined; the same code when fitting and when serving.
+
+    Args:
+        features: `[B, F·S, C]`, all members' first feature first; anything where silent.
+        speaks: bool, broadcastable to `[B, S, C]`.
+        weights: `[F, S, 1 or C]`.
+        influence: `[S]`, ≥ 0; compensation: scalar c in [0, 1]; see `Stacker`.
+
+    Returns:
+        terms `[B, S, C]`, 0 where silent; voiced, bool `[B, C]`: a member with influence speaks.
+    """
+    members = weights.shape[1]
+    zero, one = tf.zeros([], features.dtype), tf.ones([], features.dtype)
+    terms = sum(
+        tf.where(speaks, features[:, f * members : (f + 1) * members], zero) * weights[f]
+        for f in range(weights.shape[0])
+    )
+    influence = tf.cast(influence, features.dtype)[:, tf.newaxis]
+    spoken = tf.reduce_sum(tf.where(speaks, influence, zero), axis=1, keepdims=True)  # [B, 1, 1 or C]
+    voiced = spoken > 0
+    missing = tf.reduce_sum(influence) / tf.where(voiced, spoken, one)
+    factor = tf.where(voiced, tf.pow(tf.where(voiced, missing, one), compensation), zero)
+    return terms * factor, voiced[:, 0]

@@ -1,0 +1,1 @@
+"""Fits Keras models: the training loop, its schedules, checkpoints and device strategies."""

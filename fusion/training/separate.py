@@ -1,0 +1,210 @@
+"""Trains one classification member by itself: its head on stored embeddings, or encoder and head end to end.
+
+Which of the two is decided by the submodel: a frozen encoder gives the same embedding in every epoch, so it runs
+once over the data. Fusing members is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fusion.compat import keras, tf
+from fusion.embeddings import embed
+from fusion.errors import DataError
+from fusion.progress import progress, reached
+from fusion.submodels.base import Submodel
+from fusion.submodels.head import HeadSettings, classifier, head
+from fusion.training.trainer import TrainingSettings, fit
+from fusion.types import Features, History, RunOptions, derive_seed
+
+_LABEL = "label"
+
+
+class ClassifierTraining(TrainingSettings):
+    """How a classifier is fitted."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target probability that is spread evenly over all classes."""
+    monitor: Literal["accuracy", "log_loss"] = "accuracy"
+    """The validation metric that decides on the best epoch, patience and target."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled rows of one part of the data.
+
+    Attributes:
+        values: what the submodel reads, N raw values (texts, or an image array [N, H, W, 3]).
+        labels: class numbers, int [N].
+    """
+
+    values: Sequence[Any] | np.ndarray
+    labels: np.ndarray
+
+    def check(self, classes: int, part: str) -> None:
+        """Raises DataError when labels and values do not fit together."""
+        labels = np.asarray(self.labels)
+        if len(labels) != len(self.values) or labels.ndim != 1 or len(labels) == 0:
+            raise DataError(
+                f"each {part} example must have one label; received {len(self.values)} values and labels of "
+                f"shape {list(labels.shape)}."
+            )
+        if labels.min() < 0 or labels.max() >= classes:
+            raise DataError(
+                f"labels must be class numbers from 0 to {classes - 1}; the {part} part holds {labels.min()} to "
+                f"{labels.max()}."
+            )
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A fitted member.
+
+    Attributes:
+        model: flat functional model, the submodel's inputs -> `logits` [B, C] and `embedding` [B, D]. It shares its
+            layers with the submodel's encoder.
+        history: what training did.
+    """
+
+    model: keras.Model
+    history: History
+
+
+def train_classifier(
+    submodel: Submodel,
+    train: Examples,
+    validation: Examples,
+    classes: int,
+    head_settings: HeadSettings,
+    settings: ClassifierTraining,
+    options: RunOptions,
+    cache_dir: Path,
+) -> TrainedClassifier:
+    """Fits head and, unless it is frozen, encoder of `submodel` with softmax cross-entropy.
+
+    Embeddings of a frozen encoder are kept under `cache_dir`. Raises DataError for labels that do not fit.
+    """
+    train.check(classes, "training")
+    validation.check(classes, "validation")
+    train_part = _train_head if submodel.frozen else _train_whole
+    return train_part(submodel, train, validation, classes, head_settings, settings, options, cache_dir)
+
+
+def _train_head(
+    submodel: Submodel,
+    train: Examples,
+    validation: Examples,
+    classes: int,
+    head_settings: HeadSettings,
+    settings: ClassifierTraining,
+    options: RunOptions,
+    cache_dir: Path,
+) -> TrainedClassifier:
+    features = _embeddings(submodel, train, cache_dir, options)
+    held = _embeddings(submodel, validation, cache_dir, options)
+    with _scope(options):
+        top = head(features["embedding"].shape[1], classes, head_settings, derive_seed(options.seed, "head"))
+    history = _fit_logits(top, None, features, train.labels, held, validation.labels, settings, options)
+    return TrainedClassifier(classifier(submodel.encoder(), top), history)
+
+
+def _train_whole(
+    submodel: Submodel,
+    train: Examples,
+    validation: Examples,
+    classes: int,
+    head_settings: HeadSettings,
+    settings: ClassifierTraining,
+    options: RunOptions,
+    cache_dir: Path,
+) -> TrainedClassifier:
+    features, held = submodel.prepare(train.values), submodel.prepare(validation.values)
+    with _scope(options):
+        top = head(submodel.dimensions, classes, head_settings, derive_seed(options.seed, "head"))
+        model = classifier(submodel.encoder(), top)
+    history = _fit_logits(model, "logits", features, train.labels, held, validation.labels, settings, options)
+    return TrainedClassifier(model, history)
+
+
+def _embeddings(submodel: Submodel, part: Examples, cache_dir: Path, options: RunOptions) -> Features:
+    total = len(set(part.values)) if submodel.modality == "text" else len(part.values)
+    with progress(f"embed {options.directory.name}", total, "values", quiet=options.quiet) as bar:
+        return {"embedding": embed(submodel, part.values, cache_dir, progress=reached(bar))}
+
+
+def _scope(options: RunOptions) -> Any:
+    return (options.strategy or tf.distribute.get_strategy()).scope()
+
+
+def _fit_logits(
+    model: keras.Model,
+    output: str | None,
+    features: Features,
+    labels: np.ndarray,
+    held: Features,
+    held_labels: np.ndarray,
+    settings: ClassifierTraining,
+    options: RunOptions,
+) -> History:
+    """Fits a model whose output (or the named one of its outputs) is logits."""
+
+    def logits_of(inputs: Mapping[str, tf.Tensor], training: bool) -> tf.Tensor:
+        outputs = model({name: inputs[name] for name in features}, training=training)
+        return outputs[output] if output else outputs
+
+    def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
+        return cross_entropy(batch[_LABEL], logits_of(batch, True), settings.label_smoothing)
+
+    score = tf.function(lambda inputs: logits_of(inputs, False), reduce_retracing=True)
+
+    def validate() -> dict[str, float]:
+        return classification_metrics(in_batches(score, held, settings.batch_size), held_labels)
+
+    return fit(
+        model,
+        loss,
+        {**features, _LABEL: np.asarray(labels, np.int32)},
+        settings,
+        options,
+        validate,
+        settings.monitor,
+        higher_is_better=settings.monitor == "accuracy",
+    )
+
+
+def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
+    """Softmax cross-entropy of each example, from logits [b, C] and class numbers [b] -> float32 [b].
+
+    The target is (1 - s) for the label plus s / C for every class (Szegedy et al. 2016, arXiv:1512.00567).
+    """
+    logits = tf.cast(logits, tf.float32)
+    if smoothing == 0:
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    classes = logits.shape[-1]
+    target = tf.one_hot(labels, classes) * (1.0 - smoothing) + smoothing / classes
+    return tf.nn.softmax_cross_entropy_with_logits(target, logits)
+
+
+def in_batches(score: Any, features: Features, batch_size: int) -> np.ndarray:
+    """Applies `score` (named tensors [b, ...] -> [b, C]) batch by batch -> [N, C]; never copies all features."""
+    n = len(next(iter(features.values())))
+    parts = [
+        score({name: tf.convert_to_tensor(array[start : start + batch_size]) for name, array in features.items()})
+        for start in range(0, n, batch_size)
+    ]
+    return np.concatenate([part.numpy() for part in parts])
+
+
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`accuracy` (share of rows whose largest logit is the label's) and `log_loss` (mean, nats) of logits [N, C]."""
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    of_label = log_probabilities[np.arange(len(labels)), labels]
+    return {"accuracy": float(np.mean(logits.argmax(axis=1) == labels)), "log_loss": float(-of_label.mean())}

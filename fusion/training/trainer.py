@@ -1,0 +1,411 @@
+"""The training loop: fits any Keras model to a loss per example, on one device or mirrored over several.
+
+It does not build models and does not know what a batch means: the loss does. A run is a function of
+(data, settings, seed): killed at any moment and started again in the same folder, it ends, on one device, with
+the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+from pydantic import Field
+
+from fusion.compat import keras, tf
+from fusion.config import Settings, content_hash
+from fusion.errors import ConfigError, EngineError, MachineError
+from fusion.progress import Bar, progress
+from fusion.training.batches import BatchPlan, Block, Feed, Rows, as_rows, epoch_order, most_steps_per_block
+from fusion.training.checkpoints import Checkpoints, TrainingState
+from fusion.training.schedules import Schedule, ScheduleSettings
+from fusion.types import Features, History, RunOptions, Validate
+
+Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
+"""Takes the tensors of a batch, calls the model with training=True, returns the loss of each example [b]."""
+
+Data = Mapping[str, np.ndarray] | tuple[int, Callable[[np.ndarray], Features]]
+"""Named arrays of equal length, or the number of rows and a function that gathers rows by number."""
+
+_CALL_SECONDS = 0.2
+"""A call of the compiled loop should take about this long: progress and Ctrl-C wait for it."""
+
+_MOST_STEPS_PER_CALL = 64
+
+
+class TrainingSettings(Settings):
+    """How a model is fitted."""
+
+    epochs: int = Field(10, ge=1)
+    """Passes over the training rows, at most."""
+    batch_size: int = Field(64, ge=1)
+    """Rows of a step, over all devices together."""
+    optimizer: Literal["adam", "sgd", "adagrad"] = "adam"
+    """The rule by which gradients change weights."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Full learning rate, before the schedule."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum of sgd."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Share of each weight, times the learning rate, taken off per step (decoupled from the gradient)."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of all gradients together; None leaves them as they are."""
+    schedule: ScheduleSettings = ScheduleSettings()
+    """How the learning rate moves."""
+    patience: int = Field(0, ge=0)
+    """Stop after this many epochs without a better validation metric; 0 never stops early."""
+    target: float | None = None
+    """Stop as soon as the monitored metric is this good."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints within an epoch; None saves after each epoch only."""
+    workers: int = Field(1, ge=1, le=64)
+    """Threads that gather batches ahead."""
+
+    @pydantic.model_validator(mode="after")
+    def _momentum_of_sgd(self) -> TrainingSettings:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"the key momentum must go with optimizer sgd; received optimizer {self.optimizer}")
+        return self
+
+
+def fit(
+    model: keras.Model,
+    loss: Loss,
+    data: Data,
+    settings: TrainingSettings,
+    options: RunOptions,
+    validate: Validate | None,
+    monitor: str = "",
+    higher_is_better: bool = True,
+    drop_remainder: bool = False,
+) -> History:
+    """Trains `model` in place and leaves it with the weights of its best epoch.
+
+    Penalties of the model's own (`model.losses`, such as kernel regularisers) are added to the loss. The order of
+    the rows of an epoch is a permutation drawn from (seed, epoch). Under `options.directory` it writes
+    `checkpoints/`, `tensorboard/` and `history.json`; called again with the same directory it continues, and
+    when the run there is finished it only restores its result.
+
+    Args:
+        model: the model whose trainable variables are fitted, built in the scope of `options.strategy`.
+        loss: batch -> float [b], the loss of each example; called inside `tf.function`, once per replica.
+        data: named arrays [n, ...], or (n, gather) for what is too large for memory.
+        settings: how to train.
+        options: seed, directory, strategy, quiet.
+        validate: called after each epoch; returns named metrics. None where nothing may be validated (a fold, a
+            final fit on every row): then all epochs are done and the last one is kept.
+        monitor: the metric of `validate` that decides on the best epoch, patience and target.
+        higher_is_better: which way `monitor` is good.
+        drop_remainder: leave out the rows after an epoch's last full batch, for losses that use the batch as
+            negatives.
+
+    Returns:
+        One row per epoch: `epoch` (from 1), `train_loss` (mean over rows, while training), `learning_rate` (after
+        the last step) and the metrics of `validate`. `best_epoch` is the index of the best row.
+
+    Raises:
+        ConfigError: the batch does not fit the strategy, `monitor` is not among the metrics, or the directory
+            holds another run.
+        EngineError: the loss or the monitored metric is not finite.
+        MachineError: checkpoints cannot be written or read.
+    """
+    return _Run(
+        model, loss, as_rows(data), settings, options, validate, monitor, higher_is_better, drop_remainder
+    ).run()
+
+
+class _Run:
+    """One call of `fit`; its methods are the chapters of the story, in order."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        loss: Loss,
+        rows: Rows,
+        settings: TrainingSettings,
+        options: RunOptions,
+        validate: Validate,
+        monitor: str,
+        higher_is_better: bool,
+        drop_remainder: bool,
+    ) -> None:
+        self._model, self._loss, self._rows = model, loss, rows
+        self._settings, self._options = settings, options
+        self._validate, self._monitor, self._higher = validate, monitor, higher_is_better
+        self._strategy = options.strategy or tf.distribute.get_strategy()
+        replicas = self._strategy.num_replicas_in_sync
+        if settings.batch_size % replicas:
+            raise ConfigError(
+                f"batch_size must be a multiple of the {replicas} devices of the strategy; "
+                f"received {settings.batch_size}."
+            )
+        self._plan = BatchPlan(rows.n, settings.batch_size, replicas, drop_remainder)
+        if self._plan.steps == 0:
+            raise ConfigError(
+                f"batch_size must not exceed the {rows.n} training rows when only full batches are used; "
+                f"received {settings.batch_size}. Make it smaller."
+            )
+        self._check_variables()
+        self._optimizer = self._make_optimizer()
+        self._checkpoints = Checkpoints(
+            options.directory, model, self._optimizer, TrainingState(self._fingerprint())
+        )
+        self._programs: dict[tuple[int, ...], Any] = {}
+
+    # ---- before the first step -------------------------------------------------------------------------------
+
+    def _check_variables(self) -> None:
+        if not self._model.trainable_variables:
+            raise ValueError("a model to be trained must have trainable variables; received one without any.")
+        for variable in self._model.variables:
+            if not self._strategy.extended.variable_created_in_scope(variable):
+                raise ValueError(
+                    "a model must be built in the scope of the strategy that trains it; "
+                    f"its variable '{variable.name}' was made outside."
+                )
+
+    def _make_optimizer(self) -> keras.optimizers.Optimizer:
+        settings = self._settings
+        steps = self._plan.steps
+        with self._strategy.scope():
+            common = {
+                "learning_rate": Schedule(
+                    settings.learning_rate, settings.schedule, steps * settings.epochs, steps
+                ),
+                "weight_decay": settings.weight_decay or None,
+                "global_clipnorm": settings.clip_norm,  # applied to the gradient summed over replicas
+                "jit_compile": False,
+            }
+            if settings.optimizer == "sgd":
+                optimizer = keras.optimizers.SGD(momentum=settings.momentum, **common)
+            elif settings.optimizer == "adagrad":
+                optimizer = keras.optimizers.Adagrad(**common)
+            else:
+                optimizer = keras.optimizers.Adam(**common)
+            optimizer.build(self._model.trainable_variables)
+        return optimizer
+
+    def _fingerprint(self) -> str:
+        """Everything that the numbers depend on and that can be named cheaply; how the work is cut is left out."""
+        return content_hash(
+            {
+                "settings": self._settings.model_dump(exclude={"checkpoint_steps", "workers"}),
+                "seed": self._options.seed,
+                "plan": [self._plan.n, self._plan.replicas, self._plan.drop_remainder],
+                "monitor": [self._monitor, self._higher],
+                # By shape, not by name: Keras numbers the names of layers by what else the process has built.
+                "variables": [[list(v.shape), v.dtype.name, v.trainable] for v in self._model.variables],
+            }
+        )
+
+    # ---- the epochs ------------------------------------------------------------------------------------------
+
+    def run(self) -> History:
+        self._make_directory()
+        self._checkpoints.restore(self._options.quiet)
+        state = self._checkpoints.state
+        if not state.finished:
+            self._train(state)
+        return state.history
+
+    def _make_directory(self) -> None:
+        try:
+            self._options.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(f"the folder {self._options.directory} must be writable: {error}.") from error
+
+    def _train(self, state: TrainingState) -> None:
+        self._most_steps = most_steps_per_block(self._rows, self._settings.batch_size, _MOST_STEPS_PER_CALL)
+        self._steps_per_call = 1
+        writer = tf.summary.create_file_writer(str(self._options.directory / "tensorboard"))
+        total = self._plan.steps * self._settings.epochs
+        with (
+            writer.as_default(),
+            progress(
+                f"train {self._options.directory.name}", total, quiet=self._options.quiet, done=state.step
+            ) as bar,
+        ):
+            while not self._over(state):
+                began = time.monotonic()
+                self._epoch(state, bar)
+                metrics = self._validated(state)
+                state.history.seconds += time.monotonic() - began
+                self._close_epoch(state, metrics)
+                self._checkpoints.save()
+            self._checkpoints.restore_best()
+            state.finished = True
+            self._checkpoints.save()
+
+    def _over(self, state: TrainingState) -> bool:
+        """Whether to stop, and why; a function of the saved state, so that a resumed run decides the same."""
+        settings, best = self._settings, state.best_metric
+        if best is None:
+            return False
+        reached = settings.target is not None and (
+            best >= settings.target if self._higher else best <= settings.target
+        )
+        if reached:
+            state.history.stopped = f"target reached: {self._monitor} {best:.6g}"
+        elif settings.patience and state.waited >= settings.patience:
+            state.history.stopped = f"no better {self._monitor} for {state.waited} epochs"
+        return reached or state.epoch >= settings.epochs or state.waited >= (settings.patience or math.inf)
+
+    def _epoch(self, state: TrainingState, bar: Bar) -> None:
+        order = epoch_order(self._options.seed, state.epoch, self._plan.n)
+        while state.position < self._plan.steps:
+            self._stretch(state, order, self._next_stop(state), bar)
+            if state.position < self._plan.steps:
+                self._checkpoints.save()
+
+    def _next_stop(self, state: TrainingState) -> int:
+        """The position at which the next checkpoint is due."""
+        every = self._settings.checkpoint_steps or self._plan.steps
+        return min(self._plan.steps, state.position + every - state.step % every)
+
+    def _stretch(self, state: TrainingState, order: np.ndarray, stop: int, bar: Bar) -> None:
+        """Trains from the state's position up to `stop`."""
+        with Feed(self._rows, self._plan, order, state.position, stop, self._settings.workers) as feed:
+            while (block := feed.next_block(self._steps_per_call)) is not None:
+                losses = self._timed_call(block)
+                self._check_finite(losses, state)
+                self._count(losses, state)
+                tf.summary.scalar("train/loss", losses[-1], step=state.step)
+                tf.summary.scalar("train/learning_rate", self._optimizer.learning_rate, step=state.step)
+                bar.advance(block.steps, epoch=state.epoch + 1, loss=float(losses[-1]))
+
+    def _count(self, losses: np.ndarray, state: TrainingState) -> None:
+        for loss in losses:
+            before = self._plan.rows_until(state.position)
+            state.position += 1
+            state.step += 1
+            state.loss_sum += float(loss) * (self._plan.rows_until(state.position) - before)
+
+    def _check_finite(self, losses: np.ndarray, state: TrainingState) -> None:
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            first = state.position + 1
+            raise EngineError(
+                f"the loss must stay finite; received {losses[bad[0]]} in epoch {state.epoch + 1}, step "
+                f"{first + bad[0]} of {self._plan.steps} (found in steps {first} to {first + len(losses) - 1}), while "
+                f"training {self._options.directory}. Lower learning_rate, set clip_norm, or look for non-finite "
+                "values in the training rows."
+            )
+
+    def _validated(self, state: TrainingState) -> dict[str, float]:
+        if self._validate is None:
+            return {}
+        metrics = {name: float(value) for name, value in self._validate().items()}
+        if self._monitor not in metrics:
+            raise ConfigError(
+                f"the monitored metric must be one that validation gives; received '{self._monitor}', "
+                f"validation gives {', '.join(sorted(metrics)) or 'none'}."
+            )
+        if not math.isfinite(metrics[self._monitor]):
+            raise EngineError(
+                f"the monitored metric must be finite; received {self._monitor} = {metrics[self._monitor]} after "
+                f"epoch {state.epoch + 1}. Look whether the validation part holds rows that it is defined for."
+            )
+        return metrics
+
+    def _close_epoch(self, state: TrainingState, metrics: dict[str, float]) -> None:
+        row = {
+            "epoch": float(state.epoch + 1),
+            "train_loss": state.loss_sum / self._plan.rows_until(self._plan.steps),
+            "learning_rate": float(self._optimizer.learning_rate.numpy()),
+            **metrics,
+        }
+        for name, value in metrics.items():
+            tf.summary.scalar(f"validation/{name}", value, step=state.step)
+        value, best = metrics.get(self._monitor, float(state.epoch)), state.best_metric
+        if self._validate is None or best is None or (value > best if self._higher else value < best):
+            state.best_metric, state.waited = value, 0
+            state.history.best_epoch = state.epoch
+            self._checkpoints.keep_best()
+        else:
+            state.waited += 1
+        state.history.epochs.append(row)
+        state.epoch, state.position, state.loss_sum = state.epoch + 1, 0, 0.0
+
+    # ---- the steps -------------------------------------------------------------------------------------------
+
+    def _timed_call(self, block: Block) -> np.ndarray:
+        """Runs a block and adapts how many steps the next ones hold; the result does not depend on it."""
+        began = time.monotonic()
+        losses = self._program(block)(block.inputs, block.weights).numpy()
+        seconds = time.monotonic() - began
+        if seconds > 2 * _CALL_SECONDS:
+            self._steps_per_call = max(1, self._steps_per_call // 2)
+        elif seconds < _CALL_SECONDS / 2:
+            self._steps_per_call = min(self._most_steps, self._steps_per_call * 2)
+        return losses
+
+    def _program(self, block: Block) -> Any:
+        """The compiled loop for batches of one size: full ones, and the shorter last one."""
+        shapes = tuple(block.weights.shape[1:])
+        if shapes not in self._programs:
+            spec = {name: _any_number_of(tensor) for name, tensor in block.inputs.items()}
+            self._programs[shapes] = tf.function(
+                self._steps, input_signature=[spec, _any_number_of(block.weights)], jit_compile=False
+            )
+        return self._programs[shapes]
+
+    def _steps(self, inputs: dict[str, tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        """One optimizer step per batch; several in one call, because calling costs more than a small step.
+
+        Args:
+            inputs: named tensors [steps, batch, ...].
+            weights: [steps, batch].
+
+        Returns:
+            The losses, float32 [steps].
+        """
+        steps = tf.shape(weights)[0]
+        losses = tf.TensorArray(tf.float32, size=steps, element_shape=[])
+        for step in tf.range(steps):
+            batch = {name: tensor[step] for name, tensor in inputs.items()}
+            of_replicas = self._strategy.run(self._replica_step, args=(batch, weights[step]))
+            losses = losses.write(step, self._strategy.reduce(tf.distribute.ReduceOp.SUM, of_replicas, axis=None))
+        return losses.stack()
+
+    def _replica_step(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        batch, weights = self._own_share(batch, weights)
+        with tf.GradientTape() as tape:
+            per_example = tf.cast(self._loss(batch), tf.float32)
+            per_example.shape.assert_is_compatible_with(weights.shape)
+            # The weights are 1 / rows of the whole batch, not of this replica's share: the optimizer sums the
+            # gradients of the replicas, and the sum is then the gradient of the mean over the batch. A mean
+            # taken here would make the step as many times too long as there are replicas.
+            objective = tf.reduce_sum(per_example * weights)
+            penalties = self._model.losses
+            if penalties:
+                objective += tf.add_n(penalties) / self._strategy.num_replicas_in_sync
+        variables = self._model.trainable_variables
+        gradients = tape.gradient(objective, variables)
+        self._optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return objective
+
+    def _own_share(
+        self, batch: dict[str, tf.Tensor], weights: tf.Tensor
+    ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+        """The slice of the batch that belongs to the replica that asks."""
+        replicas = self._strategy.num_replicas_in_sync
+        if replicas == 1:
+            return batch, weights
+        size = weights.shape[0] // replicas
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+
+        def share(tensor: tf.Tensor) -> tf.Tensor:
+            with tf.device("/CPU:0"):  # where the batch lies: only the slice travels to the device
+                part = tensor[number * size : (number + 1) * size]
+            return tf.ensure_shape(part, [size, *tensor.shape[1:]])
+
+        return {name: share(tensor) for name, tensor in batch.items()}, share(weights)
+
+
+def _any_number_of(tensor: tf.Tensor) -> tf.TensorSpec:
+    """The spec of a block's tensor: any number of steps, each of the static batch shape."""
+    return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)

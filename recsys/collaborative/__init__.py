@@ -1,0 +1,15 @@
+"""Members of a ranking: what each may be called in a config, and where it is."""
+
+from fusion.registry import Registry
+
+MEMBERS = Registry(
+    "member",
+    {
+        "popularity": "recsys.collaborative.popularity:Popularity",
+        "item_knn": "recsys.collaborative.item_knn:ItemKNN",
+        "ease": "recsys.collaborative.ease:Ease",
+        "ials": "recsys.collaborative.ials:ImplicitALS",
+        "matrix_factorization": "recsys.collaborative.matrix_factorization:MatrixFactorization",
+        "content": "recsys.collaborative.content:Content",
+    },
+)

@@ -1,0 +1,212 @@
+"""What all members of a ranking have in common: fitted once, then every user is scored from a history.
+
+A user known to the system and a visitor with three liked items are answered by the same code: the history
+is the only thing a scorer reads, so nothing has to be trained for a new user (fold-in).
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from fusion.compat import tf
+from fusion.config import Settings
+from fusion.types import History, RunOptions
+
+PADDING = -1
+"""Fills histories up to a common length; never an item number."""
+
+Validator = Any
+"""Called with a scorer, returns `{metric: value}` on the validation rows (see `recsys.evaluation`)."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a member may see while it is fitted: training rows and the content of the catalogue, nothing else.
+
+    Attributes:
+        matrix: float32 `[U, I]` of ones, the positive interactions of the training part.
+        catalogue: one row per item in the order of numbers: text columns and `image`.
+        cache: a folder for embeddings and decoded images, shared between runs.
+        validate: for members that are trained in epochs, or None: scorer -> metrics on validation users.
+        validation_hash: names the rows behind `validate`, for the cache of fitted members.
+        monitor: the metric of `validate` that decides which epoch was best.
+    """
+
+    matrix: sparse.csr_matrix
+    catalogue: pd.DataFrame
+    cache: Path
+    validate: Validator | None = None
+    validation_hash: str = ""
+    monitor: str = "ndcg@10"
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each item was taken in training, int64 `[I]`."""
+        return np.asarray(self.matrix.astype(bool).sum(axis=0)).ravel().astype(np.int64)
+
+
+class Member(abc.ABC):
+    """A submodel of a ranking. Subclasses fill `fit`, `state`, `load_state` and `scorer`.
+
+    Attributes:
+        Config: the settings class of the member.
+        personal: False when every user gets the same scores (popularity).
+    """
+
+    Config: ClassVar[type[Settings]]
+    personal: ClassVar[bool] = True
+
+    def __init__(self, config: Any, seed: int = 0) -> None:
+        self.config = config
+        self.seed = seed
+        self.speaks = np.zeros(0, bool)
+        """bool `[I]`: the items about which the member can say something."""
+
+    @classmethod
+    def check(cls, config: Any, catalogue_columns: set[str] | None) -> None:
+        """Raises ConfigError for what can be known without data; `catalogue_columns` is None when unknown."""
+
+    @abc.abstractmethod
+    def fit(self, data: TrainingData, options: RunOptions) -> History | None:
+        """Learns from `data`; returns the history of members that are trained in epochs."""
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that was learned, as arrays of numbers or unicode."""
+
+    @abc.abstractmethod
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """The inverse of `state`."""
+
+    @abc.abstractmethod
+    def scorer(self) -> tf.Module:
+        """A module that maps histories int32 `[B, L]` (padded with -1) to scores float32 `[B, I]`."""
+
+    def signatures(self) -> dict[str, Any]:
+        """Functions that the artifact exports beside the scores (content members: `embed_item`)."""
+        return {}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the scorer holds."""
+        return int(sum(array.size for array in self.state().values() if array.dtype.kind == "f"))
+
+
+def constant(values: np.ndarray, dtype: Any = None, name: str | None = None) -> tf.Variable:
+    """A table of a scorer. A variable and not a constant: constants would be written into the graph itself,
+    which protobuf limits to 2 GB."""
+    return tf.Variable(values, trainable=False, dtype=dtype, name=name)
+
+
+def with_padding_row(table: np.ndarray, fill: float = 0.0) -> np.ndarray:
+    """The table `[I, ...]` with one more row at the end, for the padding of histories."""
+    return np.concatenate([table, np.full((1, *table.shape[1:]), fill, table.dtype)])
+
+
+def padded_numbers(history: tf.Tensor, items: int) -> tf.Tensor:
+    """Histories with -1 turned into the number of the padding row."""
+    return tf.where(history < 0, items, history)
+
+
+class EmbeddingScorer(tf.Module):
+    """Score = <user, item> + bias, the user being the sum of the history's rows over the root of its length.
+
+    Used by factorisation and by content members, which differ only in where their tables come from.
+    """
+
+    def __init__(self, history_table: np.ndarray, item_table: np.ndarray, bias: np.ndarray, *, unit: bool) -> None:
+        super().__init__()
+        self.history_table = constant(with_padding_row(history_table), tf.float32, "history_table")
+        self.item_table = constant(item_table, tf.float32, "item_table")
+        self.bias = constant(bias, tf.float32, "bias")
+        self.unit = unit
+
+    def user(self, history: tf.Tensor) -> tf.Tensor:
+        """User vectors `[B, D]`."""
+        rows = tf.gather(self.history_table, padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
+        return pool_history(rows, history >= 0, unit=self.unit)
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(self.user(history), self.item_table, transpose_b=True) + self.bias
+
+
+def pool_history(rows: tf.Tensor, known: tf.Tensor, *, unit: bool) -> tf.Tensor:
+    """`[B, L, D]` and bool `[B, L]` -> `[B, D]`: the sum over the root of the length (SVD++, Koren 2008,
+    keeps the variance of long and short histories equal), or the unit vector in that direction."""
+    mask = tf.cast(known, rows.dtype)[..., None]
+    total = tf.reduce_sum(rows * mask, axis=1)
+    if unit:
+        return total * tf.math.rsqrt(tf.reduce_sum(total * total, axis=-1, keepdims=True) + 1e-12)
+    return total * tf.math.rsqrt(tf.maximum(tf.reduce_sum(mask, axis=1), 1.0))
+
+
+class NeighbourScorer(tf.Module):
+    """Score of an item = sum of its weights in the neighbour lists of the history's items."""
+
+    def __init__(self, index: np.ndarray, weight: np.ndarray) -> None:
+        super().__init__()
+        self.items = index.shape[0]
+        self.index = constant(with_padding_row(index), tf.int32, "neighbour_index")
+        self.weight = constant(with_padding_row(weight), tf.float32, "neighbour_weight")
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        numbers = padded_numbers(history, self.items)
+        batch = tf.shape(history)[0]
+        rows = tf.range(batch)[:, None, None] * self.items
+        cells = tf.gather(self.index, numbers) + rows  # [B, L, N]
+        weights = tf.gather(self.weight, numbers)
+        summed = tf.math.unsorted_segment_sum(
+            tf.reshape(weights, [-1]), tf.reshape(cells, [-1]), batch * self.items
+        )
+        return tf.reshape(summed, [batch, self.items])
+
+
+class NeighbourState:
+    """The learned half of members that keep each item's top-N neighbours: two arrays `[I, N]`."""
+
+    index: np.ndarray
+    weight: np.ndarray
+    speaks: np.ndarray
+    truncation: float
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {
+            "index": self.index,
+            "weight": self.weight,
+            "speaks": self.speaks,
+            "truncation": np.float32(self.truncation),
+        }
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        self.index, self.weight, self.speaks = state["index"], state["weight"], state["speaks"]
+        self.truncation = float(state["truncation"])
+
+    def scorer(self) -> tf.Module:
+        return NeighbourScorer(self.index, self.weight)
+
+
+def largest_by_row(block: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The `keep` entries of largest magnitude in each row: index, weight, and the share of magnitude lost."""
+    if keep >= block.shape[1]:
+        index = np.broadcast_to(np.arange(block.shape[1], dtype=np.int32), block.shape)
+        return np.ascontiguousarray(index), block.astype(np.float32), 0.0
+    magnitude = np.abs(block)
+    index = np.argpartition(magnitude, -keep, axis=1)[:, -keep:].astype(np.int32)
+    index.sort(axis=1)  # a fixed order, so that equal inputs give equal files
+    weight = np.take_along_axis(block, index, axis=1).astype(np.float32)
+    total = float(magnitude.sum())
+    return index, weight, 1.0 - float(np.abs(weight).sum()) / total if total else 0.0
+
+
+def join_blocks(blocks: list[tuple[np.ndarray, np.ndarray, float]]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Row blocks of `largest_by_row` put together; the lost share is their mean weighted by rows."""
+    rows = np.array([len(index) for index, _, _ in blocks])
+    lost = float(np.average([lost for _, _, lost in blocks], weights=rows))
+    return np.concatenate([b[0] for b in blocks]), np.concatenate([b[1] for b in blocks]), lost

@@ -1,0 +1,248 @@
+"""Content members: an encoder reads an item's text or image, a scorer turns the history over it into a score.
+
+Three things make one: the encoder (exported as `embed_item`), a table of item embeddings made once, and a
+scorer trained with an in-batch softmax. A new item needs a row in the table and no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from scipy import sparse
+
+from fusion.compat import keras, tf
+from fusion.config import Settings, part_of
+from fusion.errors import ConfigError
+from fusion.progress import progress, reached
+from fusion.registry import nearest
+from fusion.submodels import SUBMODELS
+from fusion.training.trainer import TrainingSettings
+from fusion.types import Features, History, RunOptions, derive_seed
+from recsys.collaborative.base import EmbeddingScorer, Member, TrainingData, padded_numbers, pool_history
+from recsys.collaborative.pairs import Pairs, in_batch_softmax, train_towers
+from recsys.schema import IMAGE
+
+
+class FineTuning(Settings):
+    """How the encoder itself is trained, when its `fine_tune` asks for it."""
+
+    training: TrainingSettings = TrainingSettings(epochs=1, batch_size=32, learning_rate=3e-5)
+    """The training loop over pairs of items that the same user took."""
+    pairs: int = Field(8192, ge=32)
+    """How many pairs are drawn."""
+    temperature: float = Field(0.05, gt=0)
+    """Divides cosines in the softmax."""
+
+
+class Content(Member):
+    """Scores from what items show or say; speaks about cold items, and is silent where text or image is missing."""
+
+    class Config(Settings):
+        """Settings of a content member."""
+
+        encoder: part_of(SUBMODELS)  # type: ignore[valid-type]
+        """The submodel that embeds an item: text_bert, image_efficientnet, ..."""
+        columns: tuple[str, ...] = ()
+        """Text columns, joined in this order; unused for images."""
+        dimensions: int = Field(128, ge=1, le=4096)
+        """Length of the vectors in which histories and items are compared."""
+        max_history: int = Field(64, ge=1, le=4096)
+        """Items of a history that training looks at; scoring looks at all of them."""
+        temperature: float = Field(0.1, gt=0)
+        """Divides cosines in the softmax."""
+        dropout: float = Field(0.2, ge=0, lt=1)
+        """Share of an embedding's entries that training silences."""
+        scorer: Literal["trained", "cosine"] = "trained"
+        """Projections trained on who took what, or the plain cosine to the history's mean."""
+        training: TrainingSettings = TrainingSettings(epochs=20, batch_size=1024, learning_rate=0.001)
+        """The training loop of the scorer."""
+        fine_tuning: FineTuning = FineTuning()
+        """The training loop of the encoder."""
+
+    def __init__(self, config: Any, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        self.encoder = config.encoder.make(derive_seed(seed, "encoder"))
+
+    @classmethod
+    def check(cls, config: Any, catalogue_columns: set[str] | None) -> None:
+        modality = config.encoder.registry[config.encoder.kind].modality
+        if modality == "text" and not config.columns:
+            raise ConfigError("a text member must name its columns, as in 'columns: [title]'; received none.")
+        for column in config.columns if catalogue_columns is not None else ():
+            if column not in catalogue_columns:
+                raise ConfigError(f"the items have no column '{column}': {nearest(column, catalogue_columns or ())}")
+
+    def fit(self, data: TrainingData, options: RunOptions) -> History:
+        values, available = self._values(data)
+        trained = data.counts > 0
+        self.encoder.adapt([value for value, known in zip(values, available & trained, strict=True) if known])
+        if not self.encoder.frozen:
+            self._fine_tune(values, available, data, options)
+        self.table = self._embed(values, available, data, options)
+        self.speaks = available
+        if self.config.scorer == "cosine":
+            self.tables = self.table, self.table
+            return History(stopped="nothing to train")
+        matrix = data.matrix @ sparse.diags(available.astype(np.float32))  # pairs of items that can be embedded
+        matrix.eliminate_zeros()
+        pairs = Pairs(matrix.tocsr(), self.config.max_history, derive_seed(self.seed, "histories"))
+        self.model = self._build()
+        history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
+        self.tables = self._tables()
+        return history
+
+    def _values(self, data: TrainingData) -> tuple[Sequence[Any], np.ndarray]:
+        """The raw values of all items, and which items have any."""
+        if self.encoder.modality == "image":
+            from fusion.images import load_images
+
+            pixels, available, _ = load_images(
+                list(data.catalogue[IMAGE]), self.encoder.config.image_size, data.cache / "images"
+            )
+            return pixels, available
+        texts = join_columns(data.catalogue, self.config.columns)
+        return texts, np.array([bool(text) for text in texts])
+
+    def _embed(self, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions) -> np.ndarray:
+        from fusion.embeddings import embed
+
+        rows = np.flatnonzero(available)
+        chosen = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+        with progress(f"embed {options.directory.name}", len(rows), "items", quiet=options.quiet) as bar:
+            vectors = embed(self.encoder, chosen, data.cache / "embeddings", progress=reached(bar))
+        table = np.zeros((len(available), vectors.shape[1]), np.float32)
+        table[rows] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return table
+
+    def _build(self) -> keras.Model:
+        """Two projections over the frozen table; they start equal, so that the first scores are cosines."""
+        items, width = self.table.shape
+        dimensions = min(self.config.dimensions, width)
+        history = keras.Input((None,), dtype=tf.int32, name="history")
+        target = keras.Input((), dtype=tf.int32, name="target")
+        rows = keras.layers.Embedding(items + 1, width, trainable=False, name="embeddings")
+        dropout = keras.layers.Dropout(
+            self.config.dropout, rng_type="stateful", seed=derive_seed(self.seed, "dropout")
+        )
+        user_embedding = dropout(rows(padded_numbers(history, items)))
+        user = keras.layers.Dense(dimensions, use_bias=False, name="history_projection")(user_embedding)
+        item = keras.layers.Dense(dimensions, use_bias=False, name="item_projection")(dropout(rows(target)))
+        unit = tf.math.l2_normalize(item, axis=-1)
+        model = keras.Model(
+            {"history": history, "target": target},
+            {"user": pool_history(user, history >= 0, unit=True), "item": unit},
+        )
+        rows.set_weights([np.concatenate([self.table, np.zeros((1, width), np.float32)])])
+        start = principal_axes(self.table, dimensions)
+        for name in ("history_projection", "item_projection"):
+            model.get_layer(name).set_weights([start])
+        return model
+
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        history = self.table @ self.model.get_layer("history_projection").get_weights()[0]
+        item = self.table @ self.model.get_layer("item_projection").get_weights()[0]
+        return history, item / np.maximum(np.linalg.norm(item, axis=1, keepdims=True), 1e-12)
+
+    def _scorer_now(self) -> tf.Module:
+        history, item = self._tables()
+        return EmbeddingScorer(history, item, np.zeros(len(item), np.float32), unit=True)
+
+    def _fine_tune(self, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions) -> None:
+        """Trains the encoder so that items taken by the same user lie close to each other."""
+        from fusion.training.trainer import fit
+
+        self.encoder.unfreeze()
+        encoder = self.encoder.encoder()
+        first, second = _pairs_of_items(data.matrix, available, self.config.fine_tuning.pairs, self.seed)
+        weight = data.counts / max(data.counts.sum(), 1)
+
+        def gather(positions: np.ndarray) -> Features:
+            batch: Features = {"target": second[positions].astype(np.int32)}
+            batch["probability"] = weight[second[positions]].astype(np.float32)
+            for side, numbers in (("history", first[positions]), ("target", second[positions])):
+                chosen = values[numbers] if isinstance(values, np.ndarray) else [values[n] for n in numbers]
+                for name, array in self.encoder.prepare(chosen).items():
+                    batch[f"{side}/{name}"] = array
+            return batch
+
+        towers = _Towers(encoder)
+        fit(
+            encoder,
+            in_batch_softmax(towers, self.config.fine_tuning.temperature),
+            (len(first), gather),
+            self.config.fine_tuning.training,
+            RunOptions(options.seed, options.directory / "encoder", options.strategy, options.quiet),
+            None,
+            drop_remainder=True,
+        )
+
+    def state(self) -> dict[str, np.ndarray]:
+        adapted = {f"encoder/{name}": value for name, value in self.encoder.state().items()}
+        if not self.encoder.frozen:
+            weights = self.encoder.encoder().get_weights()
+            adapted |= {f"weights/{number:04d}": weight for number, weight in enumerate(weights)}
+        return {
+            "embeddings": self.table,
+            "history_table": self.tables[0],
+            "item_table": self.tables[1],
+            "speaks": self.speaks,
+            **adapted,
+        }
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        self.table, self.speaks = state["embeddings"], state["speaks"]
+        self.tables = state["history_table"], state["item_table"]
+        prefix = "encoder/"
+        self.encoder.load_state({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+        weights = [state[name] for name in sorted(state) if name.startswith("weights/")]
+        if weights:
+            self.encoder.encoder().set_weights(weights)
+
+    def scorer(self) -> tf.Module:
+        return EmbeddingScorer(*self.tables, np.zeros(len(self.tables[1]), np.float32), unit=True)
+
+    def signatures(self) -> dict[str, Any]:
+        return {"embed_item": self.encoder.encoder()}
+
+
+def join_columns(table: Any, columns: Sequence[str]) -> list[str]:
+    """The text of each row: its non-empty columns joined by '. '."""
+    parts = [table[column].fillna("").astype(str).str.strip() for column in columns]
+    return [". ".join(filter(None, row)) for row in zip(*parts, strict=True)]
+
+
+def principal_axes(table: np.ndarray, dimensions: int) -> np.ndarray:
+    """The leading eigenvectors `[D, dimensions]` of the table's Gram matrix: a projection that keeps cosines."""
+    _, vectors = np.linalg.eigh(table.T @ table)
+    return np.ascontiguousarray(vectors[:, ::-1][:, :dimensions]).astype(np.float32)
+
+
+def _pairs_of_items(
+    matrix: sparse.csr_matrix, available: np.ndarray, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` pairs of different items that one user took, users drawn by the length of their history."""
+    random = np.random.default_rng(derive_seed(seed, "item pairs"))
+    users = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    drawn = random.integers(0, matrix.nnz, count)
+    lengths = np.diff(matrix.indptr)[users[drawn]]
+    other = matrix.indptr[users[drawn]] + (random.random(count) * lengths).astype(np.int64)
+    first, second = matrix.indices[drawn], matrix.indices[other]
+    keep = (first != second) & available[first] & available[second]
+    return first[keep], second[keep]
+
+
+class _Towers:
+    """The encoder seen as the two towers that the loss expects, with the same weights on both sides."""
+
+    def __init__(self, encoder: keras.Model) -> None:
+        self.encoder = encoder
+
+    def __call__(self, batch: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
+        sides = {}
+        for side, output in (("history", "user"), ("target", "item")):
+            inputs = {name.removeprefix(side + "/"): t for name, t in batch.items() if name.startswith(side + "/")}
+            sides[output] = tf.math.l2_normalize(self.encoder(inputs, training=training), axis=-1)
+        return sides

@@ -1,0 +1,82 @@
+"""Matrix factorisation trained in Keras with the retrieval task of TensorFlow Recommenders."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+
+from fusion.compat import keras, tf
+from fusion.config import Settings
+from fusion.training.trainer import TrainingSettings
+from fusion.types import History, RunOptions, derive_seed
+from recsys.collaborative.base import EmbeddingScorer, Member, TrainingData, padded_numbers, pool_history
+from recsys.collaborative.pairs import Pairs, train_towers
+
+
+class MatrixFactorization(Member):
+    """Two embeddings an item: one as part of a history, one as a candidate (asymmetric factorisation, Koren 2008).
+
+    The user's vector is pooled from the history, so there is no user table and nothing to learn for a new user.
+    Trained with an in-batch softmax with logQ correction.
+    """
+
+    class Config(Settings):
+        """Settings of the factorisation."""
+
+        factors: int = Field(64, ge=1, le=1024)
+        """Length D of the vectors."""
+        max_history: int = Field(128, ge=1, le=4096)
+        """Items of a history that training looks at; scoring looks at all of them."""
+        dropout: float = Field(0.2, ge=0, lt=1)
+        """Share of the user vector's entries that training silences."""
+        l2: float = Field(0.0, ge=0)
+        """Penalty on the embeddings."""
+        temperature: float = Field(1.0, gt=0)
+        """Divides the scores in the softmax."""
+        training: TrainingSettings = TrainingSettings(epochs=20, batch_size=1024, learning_rate=0.005)
+        """The training loop."""
+
+    def fit(self, data: TrainingData, options: RunOptions) -> History:
+        items = data.matrix.shape[1]
+        self.model = self._build(items)
+        self.speaks = data.counts > 0
+        pairs = Pairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
+        history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
+        self.tables = self._tables()
+        return history
+
+    def _build(self, items: int) -> keras.Model:
+        init = lambda name: keras.initializers.RandomNormal(  # noqa: E731
+            stddev=1.0 / np.sqrt(self.config.factors), seed=derive_seed(self.seed, name)
+        )
+        regularizer = keras.regularizers.L2(self.config.l2) if self.config.l2 else None
+        embed = lambda rows, name: keras.layers.Embedding(  # noqa: E731
+            rows, self.config.factors, embeddings_initializer=init(name), embeddings_regularizer=regularizer, name=name
+        )
+        history = keras.Input((None,), dtype=tf.int32, name="history")
+        target = keras.Input((), dtype=tf.int32, name="target")
+        rows = embed(items + 1, "history_table")(padded_numbers(history, items))
+        user = pool_history(rows, history >= 0, unit=False)
+        user = keras.layers.Dropout(
+            self.config.dropout, rng_type="stateful", seed=derive_seed(self.seed, "dropout")
+        )(user)
+        item = embed(items, "item_table")(target)
+        return keras.Model({"history": history, "target": target}, {"user": user, "item": item})
+
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
+        history = self.model.get_layer("history_table").get_weights()[0][:-1]
+        return history, self.model.get_layer("item_table").get_weights()[0]
+
+    def _scorer_now(self) -> tf.Module:
+        history, item = self._tables()
+        return EmbeddingScorer(history, item, np.zeros(len(item), np.float32), unit=False)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"history_table": self.tables[0], "item_table": self.tables[1], "speaks": self.speaks}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        self.tables = state["history_table"], state["item_table"]
+        self.speaks = state["speaks"]
+
+    def scorer(self) -> tf.Module:
+        return EmbeddingScorer(*self.tables, np.zeros(len(self.tables[1]), np.float32), unit=False)

@@ -1,0 +1,160 @@
+"""Ranks all unseen items for every user of a part, in blocks whose memory is bounded, for members and rules alike.
+
+Nothing is sampled. What has been seen is never a candidate; what a member is silent about comes last and is
+never recommended by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from fusion.compat import tf
+from fusion.rules.base import Rule
+from recsys.collaborative.base import PADDING
+from recsys.core import HISTORY_SPEC, MemberScores
+from recsys.metrics import RankedLists, parse_metric
+from recsys.schema import HISTORY, TRAIN, VALIDATION, Interactions
+
+BLOCK_USERS = 256
+BLOCK_CELLS = 32_768
+"""Users × history length of one block: neighbour members hold this many rows of their lists at a time."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a ranking for one part of the split.
+
+    Attributes:
+        history: `[U, I]` positives that are known when answering.
+        seen: `[U, I]` everything the user has met: never a candidate.
+        relevant: `[U, I]` what the user took in this part.
+        candidates: bool `[I]`: the items that may be recommended.
+    """
+
+    history: sparse.csr_matrix
+    seen: sparse.csr_matrix
+    relevant: sparse.csr_matrix
+    candidates: np.ndarray
+
+    @property
+    def users(self) -> np.ndarray:
+        """Numbers of the users who have something relevant among the candidates."""
+        return np.flatnonzero(np.diff(self.relevant.indptr) > 0)
+
+
+def question(data: Interactions, parts: np.ndarray, part: int, *, held_out: bool = False) -> Question:
+    """The question that a part asks: known is everything before it, that is training, given histories and,
+    for the test, validation; relevant are the part's positives that were not seen before."""
+    earlier = (TRAIN, HISTORY) if part == VALIDATION else (TRAIN, HISTORY, VALIDATION)
+    known = np.isin(parts, earlier)
+    seen = data.matrix(known)
+    candidates = np.ones(data.shape[1], bool)
+    if held_out:
+        candidates = data.matrix(parts == part).getnnz(axis=0) > 0
+        candidates &= data.matrix(parts == TRAIN).getnnz(axis=0) == 0
+    relevant = data.matrix((parts == part) & data.positive)
+    relevant = relevant - relevant.multiply(seen)
+    relevant = (relevant @ sparse.diags(candidates.astype(np.float32))).tocsr()
+    relevant.eliminate_zeros()
+    relevant.sort_indices()
+    return Question(data.matrix(known & data.positive), seen, relevant, candidates)
+
+
+def blocks(matrix: sparse.csr_matrix, users: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Users in blocks of similar history length: numbers `[B]` and histories int32 `[B, L]` padded with -1."""
+    lengths = np.diff(matrix.indptr)[users]
+    order = users[np.argsort(lengths, kind="stable")]
+    start = 0
+    while start < len(order):
+        stop = min(start + BLOCK_USERS, len(order))
+        longest = max(int(matrix.indptr[order[stop - 1] + 1] - matrix.indptr[order[stop - 1]]), 1)
+        stop = max(start + 1, min(stop, start + BLOCK_CELLS // longest))
+        yield order[start:stop], history_rows(matrix, order[start:stop])
+        start = stop
+
+
+def history_rows(matrix: sparse.csr_matrix, users: np.ndarray) -> np.ndarray:
+    """The columns of the given rows, int32 `[B, L]`, padded with -1 to the longest (at least 1)."""
+    part = matrix[users]
+    lengths = np.diff(part.indptr)
+    result = np.full((len(users), max(int(lengths.max(initial=0)), 1)), PADDING, np.int32)
+    within = np.arange(part.nnz) - np.repeat(part.indptr[:-1], lengths)
+    result[np.repeat(np.arange(len(users)), lengths), within] = part.indices
+    return result
+
+
+class Ranker:
+    """Ranks the candidates of a question by every member and every rule in one pass over the users."""
+
+    def __init__(self, members: MemberScores, rules: Mapping[str, Rule], k: int) -> None:
+        self.members = members
+        self.rules = dict(rules)
+        self.names = [*members.names, *self.rules]
+        self.k = k
+        self._score = tf.function(self._scores, input_signature=[HISTORY_SPEC])
+
+    def _scores(self, history: tf.Tensor) -> tf.Tensor:
+        """Scores of all systems `[B, members + rules, I]`; -inf where a system is silent."""
+        scores, mask = self.members(history)
+        alone = tf.where(mask, scores, -np.inf)
+        fused = [rule(scores, mask) for rule in self.rules.values()]
+        return tf.concat([alone, *(f[:, None] for f in fused)], axis=1)
+
+    def __call__(self, asked: Question, on_block: Callable[[int], None] | None = None) -> Ranked:
+        """Lists of `k` items for every user who has something relevant."""
+        lists: dict[str, list[RankedLists]] = {name: [] for name in self.names}
+        order = []
+        for users, history in blocks(asked.history, asked.users):
+            order.append(users)
+            scores = self._score(history).numpy()
+            open_to = asked.candidates & (asked.seen[users].toarray() == 0)
+            relevant = asked.relevant[users]
+            for position, name in enumerate(self.names):
+                lists[name].append(
+                    RankedLists.from_scores(
+                        scores[:, position], open_to, relevant.indptr, relevant.indices, self.k
+                    )
+                )
+            if on_block:
+                on_block(len(users))
+        return Ranked(np.concatenate(order), {name: RankedLists.merge(parts) for name, parts in lists.items()})
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Ranked lists by system; `users[u]` is the number of the user in row u of every list."""
+
+    users: np.ndarray
+    lists: dict[str, RankedLists]
+
+
+class SingleScorer(MemberScores):
+    """One scorer in place of members: what an epoch of a member that is still being trained is measured with."""
+
+    def __init__(self, scorer: tf.Module, items: int) -> None:
+        tf.Module.__init__(self)
+        self.names = ["member"]
+        self.scorers = [scorer]
+        self.speaks = tf.ones([1, items])
+        self.personal = [True]
+
+
+def validator(asked: Question, metric: str, max_users: int = 1000) -> Callable[[tf.Module], dict[str, float]]:
+    """Measures a scorer on validation users (at most `max_users`, the same in every epoch)."""
+    chosen = np.zeros(asked.relevant.shape[0], np.float32)
+    chosen[np.random.default_rng(0).permutation(asked.users)[:max_users]] = 1.0
+    relevant = (sparse.diags(chosen) @ asked.relevant).tocsr()
+    relevant.eliminate_zeros()
+    narrowed = Question(asked.history, asked.seen, relevant, asked.candidates)
+    parsed = parse_metric(metric, "candidates")
+
+    def measure(scorer: tf.Module) -> dict[str, float]:
+        ranker = Ranker(SingleScorer(scorer, len(asked.candidates)), {}, parsed.k or 10)
+        values = parsed.of_lists(ranker(narrowed).lists["member"])
+        return {metric: float(np.nanmean(values))}
+
+    return measure

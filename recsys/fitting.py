@@ -1,0 +1,114 @@
+"""Fits a member once: what a config, its rows and the code have already made is taken from the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.config import Part, content_hash
+from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays
+from fusion.types import History, RunOptions, derive_seed
+from recsys.collaborative.base import Member, TrainingData
+from recsys.run import code_version
+from recsys.storage import arrays_hash, table_hash
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted member, where it lies, and what fitting it took."""
+
+    member: Member
+    folder: Path
+    history: History | None
+    seconds: float
+
+
+def fit_member(
+    name: str, part: Part, data: TrainingData, seed: int, *, strategy: Any = None, quiet: bool = False
+) -> Fitted:
+    """The member `name` fitted on `data`, from the cache where it lies there.
+
+    An interrupted training leaves its checkpoints in the cache and is continued by the next call.
+    """
+    key = _key(name, part, data, seed)
+    folder = data.cache / "members" / key
+    work = data.cache / "work" / key / name
+    if not folder.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        with lock_folder(work.parent):
+            if not folder.exists():  # another process may have fitted it while we waited
+                _fit_into(folder, work, name, part, data, seed, strategy, quiet)
+        shutil.rmtree(work.parent, ignore_errors=True)
+    return load_fitted(folder, name, part, seed)
+
+
+def _fit_into(
+    folder: Path, work: Path, name: str, part: Part, data: TrainingData, seed: int, strategy: Any, quiet: bool
+) -> None:
+    member = part.make(derive_seed(seed, "member", name))
+    started = time.perf_counter()
+    history = member.fit(data, RunOptions(derive_seed(seed, "training", name), work, strategy, quiet))
+    seconds = time.perf_counter() - started
+    with atomic_folder(folder) as aside:
+        save_arrays(aside / "state.npz", member.state())
+        facts = {
+            "kind": part.kind,
+            "config": part.dump(),
+            "seconds": seconds,
+            "parameters": member.parameters,
+            "history": asdict(history) if history else None,
+        }
+        (aside / "member.json").write_text(json.dumps(facts, indent=2, default=float), encoding="utf-8")
+        for events in work.rglob("events.out.tfevents.*"):
+            shutil.copy(events, aside)
+
+
+def load_fitted(folder: Path, name: str, part: Part, seed: int) -> Fitted:
+    """A fitted member out of its folder."""
+    facts = json.loads((folder / "member.json").read_text(encoding="utf-8"))
+    member = part.make(derive_seed(seed, "member", name))
+    member.load_state(load_arrays(folder / "state.npz"))
+    history = History(**facts["history"]) if facts["history"] else None
+    return Fitted(member, folder, history, facts["seconds"])
+
+
+def _key(name: str, part: Part, data: TrainingData, seed: int) -> str:
+    matrix = data.matrix.tocsr()
+    matrix.sort_indices()
+    return content_hash(
+        {
+            "name": name,
+            "part": part.dump(),
+            "seed": seed,
+            "rows": arrays_hash(matrix.indptr, matrix.indices, np.array(matrix.shape)),
+            "catalogue": table_hash(data.catalogue) if part.kind == "content" else "",
+            "validation": [data.validation_hash, data.monitor] if data.validate else None,
+            "code": code_version(),
+        }
+    )
+
+
+def without_validation(part: Part, history: History | None) -> Part:
+    """The same recipe for rows on which nothing may be validated: as many epochs as were best before."""
+    if history is None or not history.epochs or not hasattr(part.config, "training"):
+        return part
+    epochs = max(history.best_epoch, 0) + 1
+    training = part.config.training.model_copy(update={"epochs": epochs, "patience": 0, "target": None})
+    return replace(part, config=part.config.model_copy(update={"training": training}))
+
+
+def keep_copy(source: Path, target: Path) -> None:
+    """The files of a fitted member in a run's own folder: hard links where the disk has them, else copies."""
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        shutil.copytree(source, target, copy_function=os.link)
+    except OSError:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)

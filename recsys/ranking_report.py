@@ -1,0 +1,259 @@
+"""Evaluates a recommendation run: chooses on validation, measures on test, and writes `report.json` and the page."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusion.files import write_atomically
+from fusion.progress import progress
+from fusion.rules.base import Rule
+from fusion.types import derive_seed
+from recsys import results
+from recsys.core import RankingCore
+from recsys.evaluation import Question, Ranked, question
+from recsys.metrics import parse_metric
+from recsys.recommender import ServedRecommender
+from recsys.schema import IMAGE, TEST, TITLE, VALIDATION
+
+if TYPE_CHECKING:
+    from recsys.ranking_task import RankingTask
+
+SCHEMA_VERSION = 1
+
+
+def write_ranking_report(task: RankingTask) -> dict[str, Any]:
+    """Ranks validation and test, and writes `report.json`, `report.html`, `plots/` and `model_card.md`."""
+    from recsys.report import write_report
+
+    evaluation = RankingEvaluation(task)
+    report = evaluation.report()
+    write_atomically(task.run.path("report.json"), json.dumps(report, indent=1))
+    write_report(report, evaluation.extras(report), task.run.folder)
+    return report
+
+
+class RankingEvaluation:
+    """The figures of one run. Everything is chosen on validation; the test part is ranked once."""
+
+    def __init__(self, task: RankingTask) -> None:
+        self.task = task
+        self.experiment = task.experiment
+        self.samples = task.experiment.evaluation.samples
+        self.seed = derive_seed(task.experiment.seed, "bootstrap")
+        self.metrics = [parse_metric(name, "candidates") for name in task.experiment.metrics]
+        self.primary = parse_metric(task.experiment.primary, "candidates")
+        self.catalogue = task.catalogue()
+
+    def report(self) -> dict[str, Any]:
+        """The content of `report.json`."""
+        task, members, rules = self.task, list(self.experiment.members), list(self.experiment.rules)
+        ranker = task.ranker(task.rules)
+        asked, ranked, values, found = {}, {}, {}, {}
+        for name, part in (("validation", VALIDATION), ("test", TEST)):
+            asked[name] = question(task.interactions, task.parts, part, held_out=self.experiment.held_out_candidates)
+            ranked[name] = self._rank(ranker, asked[name], name)
+            values[name] = results.values_of(ranked[name].lists, self.metrics, self.catalogue)
+            found[name] = results.figures(values[name], self.samples, self.seed, len(ranked[name].users))
+        self.test_question, self.test_ranked, self.test_values = asked["test"], ranked["test"], values["test"]
+        best_member = results.best(found["validation"], members, self.primary)
+        best_rule = results.best(found["validation"], rules, self.primary)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.experiment.name,
+            "task": "recommendation",
+            "primary_metric": self.primary.name,
+            "dataset": self._dataset(),
+            "split": self._split(),
+            **results.split_systems(found["test"], members, rules),
+            "best_member": best_member,
+            "best_rule": best_rule,
+            "validation": results.split_systems(found["validation"], members, rules),
+            "segments": self._segments(members, rules),
+            "significance": results.significance(values["test"], best_rule, best_member, self.samples, self.seed),
+            "cost": self._cost(),
+            "variants": {},
+        }
+
+    def _rank(self, ranker: Any, asked: Question, name: str) -> Ranked:
+        with progress(f"rank {name}", total=len(asked.users), unit="users", quiet=self.task.run.quiet) as bar:
+            return ranker(asked, bar.advance)
+
+    def _dataset(self) -> dict[str, Any]:
+        data, task = self.task.interactions, self.task
+        users, items = data.shape
+        return {
+            "name": data.name,
+            "users": users,
+            "items": items,
+            "interactions": len(data.users),
+            "positives": int(data.positive.sum()),
+            "positive": self.experiment.positive,
+            "notes": task.facts["notes"],
+            "hash": task.run.state["data_hash"],
+            "dropped": {rule.rule: rule.rows for rule in task.dropped()},
+        }
+
+    def _split(self) -> dict[str, Any]:
+        counts = self.task.part_counts()
+        return {
+            "name": self.experiment.split.strategy,
+            "hash": self.task.manifest.sha256,
+            **counts,
+            "candidates": "held-out items" if self.experiment.held_out_candidates else "all unseen items",
+            "test_users": len(self.test_ranked.users),
+        }
+
+    def _segments(self, members: list[str], rules: list[str]) -> dict[str, Any]:
+        """Test figures of users by what is known of them, and of cold items by themselves."""
+        known = np.diff(self.test_question.history.indptr)[self.test_ranked.users]
+        short = self.experiment.evaluation.short_history
+        segments = {
+            "warm_users": known > short,
+            "short_history": (known > 0) & (known <= short),
+            "cold_users": known == 0,
+        }
+        result = {name: self._segment(rows, members, rules) for name, rows in segments.items() if rows.any()}
+        cold = self._cold_items(members, rules)
+        return {**result, **({"cold_items": cold} if cold else {})}
+
+    def _segment(self, rows: np.ndarray, members: list[str], rules: list[str]) -> dict[str, Any]:
+        found = results.figures(self.test_values, self.samples, self.seed, int(rows.sum()), rows)
+        return {"users": int(rows.sum()), **results.split_systems(found, members, rules)}
+
+    def _cold_items(self, members: list[str], rules: list[str]) -> dict[str, Any] | None:
+        """Only items without a training row are relevant and are candidates: what a new item can hope for."""
+        cold = self.catalogue.popularity == 0
+        asked = self.test_question
+        narrowed = Question(asked.history, asked.seen, _columns(asked.relevant, cold), asked.candidates & cold)
+        if not len(narrowed.users):
+            return None
+        ranked = self.task.ranker(self.task.rules)(narrowed)
+        per_user = [metric for metric in self.metrics if metric.kind == "ranking"]
+        values = results.values_of(ranked.lists, per_user, self.catalogue)
+        found = results.figures(values, self.samples, self.seed, len(ranked.users))
+        return {"users": len(ranked.users), "items": int(cold.sum()), **results.split_systems(found, members, rules)}
+
+    def _cost(self) -> dict[str, Any]:
+        task = self.task
+        cost = {name: results.member_cost(f.member, f.seconds) for name, f in task.fitted.items()}
+        total = {key: sum(member[key] for member in cost.values()) for key in ("parameters", "bytes", "train_s")}
+        for name, rule in task.rules.items():
+            core = RankingCore(task.member_scores, rule)
+            cost[name] = {**total, **results.call_cost(core, task.interactions.shape[1])}
+        return cost
+
+    # ---- what only the page shows -----------------------------------------------------------------------
+
+    def extras(self, report: dict[str, Any]) -> Any:
+        """Learning curves, drop-one-member, rule weights, examples."""
+        from recsys.report import ReportExtras
+
+        task = self.task
+        return ReportExtras(
+            learning_curves={n: f.history.epochs for n, f in task.fitted.items() if f.history and f.history.epochs},
+            drop_one=self._drop_one(report["best_rule"]),
+            rule_weights={n: r["weights"] for n, r in task.rule_reports.items() if "weights" in r},
+            examples=self._examples(report["best_rule"]),
+            cleaning=task.dropped(),
+            config_yaml=task.run.path("config.yaml").read_text(encoding="utf-8"),
+            warnings=self._warnings(report),
+            environment=json.loads(task.run.path("environment.json").read_text(encoding="utf-8")),
+            positive_rule=self.experiment.positive,
+        )
+
+    def _drop_one(self, best_rule: str) -> dict[str, dict[str, float]]:
+        """The primary metric of the best rule with one member silenced, and the paired difference to all members."""
+        from recsys.significance import paired_difference
+
+        task, members = self.task, list(self.experiment.members)
+        if len(members) < 2:
+            return {}
+        without = {f"without {name}": _Without(task.rules[best_rule], members.index(name)) for name in members}
+        ranked = task.ranker(without)(self.test_question)
+        whole = self.test_values[best_rule][self.primary.name]
+        result = {}
+        for name in members:
+            values = self.primary.of_lists(ranked.lists[f"without {name}"], self.catalogue)
+            difference = dict(paired_difference(values, whole, self.samples, self.seed))
+            result[name] = {"value": float(np.nanmean(values)), **difference}
+        return result
+
+    def _examples(self, best_rule: str) -> list[dict[str, Any]]:
+        """Test users, drawn at random, with what they liked and what the best rule recommends."""
+        task, data = self.task, self.task.interactions
+        asked = self.test_question
+        count = min(self.experiment.evaluation.examples, len(asked.users))
+        chosen = np.random.default_rng(self.seed).permutation(asked.users)[:count]
+        core = RankingCore(task.member_scores, task.rules[best_rule])
+        served = ServedRecommender(core, data.item_ids, data.user_ids, asked.history, asked.seen, 6)
+        outside = data.item_ids[asked.candidates] if not asked.candidates.all() else np.array([""])
+        examples = []
+        for user in np.sort(chosen):
+            answer = served.recommend([data.user_ids[user]], [[""]], [6], [[""]], [list(outside)])
+            examples.append(self._example(user, {key: value.numpy()[0] for key, value in answer.items()}))
+        return examples
+
+    def _example(self, user: int, answer: dict[str, np.ndarray]) -> dict[str, Any]:
+        data, asked = self.task.interactions, self.test_question
+        number = {item: position for position, item in enumerate(data.item_ids)}
+        liked = asked.history.indices[asked.history.indptr[user] : asked.history.indptr[user + 1]]
+        taken = set(asked.relevant.indices[asked.relevant.indptr[user] : asked.relevant.indptr[user + 1]])
+        recommended = []
+        for place, item_id in enumerate(answer["item_ids"]):
+            if item_id:
+                item = number[item_id.decode("utf-8")]
+                shares = dict(zip(self.experiment.members, answer["contributions"][:, place].tolist(), strict=True))
+                facts = {"score": float(answer["scores"][place]), "contributions": shares, "relevant": item in taken}
+                recommended.append({**self._item(item), **facts})
+        return {
+            "user": str(data.user_ids[user]),
+            "history": [self._item(item) for item in liked[-6:]],
+            "recommended": recommended,
+        }
+
+    def _item(self, number: int) -> dict[str, Any]:
+        row = self.task.interactions.catalogue.iloc[number]
+        title = str(row[TITLE]) if TITLE in row and row[TITLE] else str(self.task.interactions.item_ids[number])
+        return {"title": title, "image": row[IMAGE] if IMAGE in row else ""}
+
+    def _warnings(self, report: dict[str, Any]) -> list[str]:
+        """What a reader must know before believing a figure."""
+        warnings = []
+        users = report["split"]["test_users"]
+        if users < 100:
+            warnings.append(f"Only {users} test users: the intervals are wide, and nothing small can be told apart.")
+        difference = report["significance"][self.primary.name]
+        if difference["low"] is not None and difference["low"] <= 0:
+            warnings.append(
+                f"The interval of {report['best_rule']} against {report['best_member']} on {self.primary.name} "
+                "includes zero: fusing is not shown to pay here."
+            )
+        popular = report["members"].get("popularity", {}).get(self.primary.name)
+        for name, figures in report["members"].items():
+            if popular and name != "popularity" and figures[self.primary.name]["value"] < popular["value"]:
+                warnings.append(f"The member {name} is below popularity on {self.primary.name}.")
+        return warnings
+
+
+class _Without:
+    """A rule that never hears one member."""
+
+    def __init__(self, rule: Rule, member: int) -> None:
+        self.rule = rule
+        self.member = member
+
+    def __call__(self, scores: Any, mask: Any) -> Any:
+        heard = np.arange(scores.shape[1]) != self.member
+        return self.rule(scores, mask & heard[None, :, None])
+
+
+def _columns(matrix: Any, keep: np.ndarray) -> Any:
+    from scipy import sparse
+
+    result = (matrix @ sparse.diags(keep.astype(np.float32))).tocsr()
+    result.eliminate_zeros()
+    result.sort_indices()
+    return result

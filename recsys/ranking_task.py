@@ -1,0 +1,245 @@
+"""The stages of a recommendation experiment: data, train, fuse, evaluate, export. Each reads the run's folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from fusion.config import Part
+from fusion.files import load_arrays, save_arrays, write_atomically
+from fusion.progress import progress
+from fusion.rules import RULES
+from fusion.rules.base import Rule
+from fusion.training.strategy import make_strategy
+from fusion.types import derive_seed
+from recsys import results
+from recsys.cleaning import clean
+from recsys.collaborative.base import Member, TrainingData
+from recsys.core import MemberScores, RankingCore
+from recsys.evaluation import Ranker, question, validator
+from recsys.fitting import Fitted, fit_member, keep_copy, load_fitted, without_validation
+from recsys.metrics import Catalogue, parse_metric
+from recsys.out_of_fold import Fold, FoldScores, make_folds, sampled_scores
+from recsys.run import Run
+from recsys.schema import HISTORY, PART_NAMES, TEST, TRAIN, VALIDATION, Dropped, Interactions
+from recsys.splits import SplitManifest, split
+from recsys.storage import arrays_hash, load_interactions, save_interactions, table_hash
+
+
+class RankingTask:
+    """A recommendation experiment in the folder of one run."""
+
+    STAGES = ("data", "train", "fuse", "evaluate", "export")
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.experiment = run.experiment
+
+    # ---- data -------------------------------------------------------------------------------------------
+
+    def data(self) -> None:
+        """Reads, cleans, splits, and leaves tables, the split and what was dropped in `data/`."""
+        experiment = self.experiment
+        tables = experiment.data.registry[experiment.data.kind].read(experiment.data.config)
+        data, dropped = clean(tables, experiment.cleaning, experiment.positive)
+        parts = split(data, experiment.split)
+        folder = self.run.path("data")
+        save_interactions(folder, data)
+        SplitManifest.of(data, parts, experiment.split).save(folder)
+        facts = {"name": data.name, "notes": list(data.notes), "dropped": [vars(rule) for rule in dropped]}
+        write_atomically(folder / "cleaning.json", json.dumps(facts, indent=2))
+        self.run.set(data_hash=data_hash(data))
+
+    @functools.cached_property
+    def interactions(self) -> Interactions:
+        """The cleaned data set."""
+        return load_interactions(self.run.path("data"), self.facts["name"], self.experiment.positive)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """Name, notes and what cleaning dropped."""
+        return json.loads(self.run.path("data", "cleaning.json").read_text(encoding="utf-8"))
+
+    @functools.cached_property
+    def manifest(self) -> SplitManifest:
+        """The split that all members share."""
+        return SplitManifest.load(self.run.path("data"))
+
+    @property
+    def parts(self) -> np.ndarray:
+        """int8 `[N]`, the part of each interaction."""
+        return self.manifest.parts
+
+    # ---- train ------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Fits every member on the training part and leaves it in `submodels/<name>/`."""
+        for name, fitted in self._fit_all(self._training_data(), self.experiment.members).items():
+            keep_copy(fitted.folder, self.run.path("submodels", name))
+
+    def _training_data(self) -> TrainingData:
+        data, parts = self.interactions, self.parts
+        asked = question(data, parts, VALIDATION, held_out=self.experiment.held_out_candidates)
+        return TrainingData(
+            matrix=data.matrix((parts == TRAIN) & data.positive),
+            catalogue=data.catalogue,
+            cache=self.run.cache,
+            validate=validator(asked, self.experiment.primary),
+            validation_hash=arrays_hash(asked.relevant.indptr, asked.relevant.indices, asked.history.indices),
+            monitor=self.experiment.primary,
+        )
+
+    def _fit_all(self, data: TrainingData, members: dict[str, Part]) -> dict[str, Fitted]:
+        strategy = make_strategy(self.experiment.strategy)
+        fitted = {}
+        with progress("members", total=len(members), unit="members", quiet=self.run.quiet) as bar:
+            for name, part in members.items():
+                fitted[name] = fit_member(
+                    name, part, data, self.experiment.seed, strategy=strategy, quiet=self.run.quiet
+                )
+                bar.advance(1)
+        return fitted
+
+    @functools.cached_property
+    def fitted(self) -> dict[str, Fitted]:
+        """The members that `train` left."""
+        return {
+            name: load_fitted(self.run.path("submodels", name), name, part, self.experiment.seed)
+            for name, part in self.experiment.members.items()
+        }
+
+    @functools.cached_property
+    def member_scores(self) -> MemberScores:
+        """The members' scorers side by side."""
+        return MemberScores({name: fitted.member for name, fitted in self.fitted.items()})
+
+    # ---- fuse -------------------------------------------------------------------------------------------
+
+    def fuse(self) -> None:
+        """Fits the learned rules on out-of-fold scores and writes every rule to `rules/<name>/`."""
+        rules = self._new_rules()
+        learned = {name: rule for name, rule in rules.items() if rule.learned}
+        scores = self._out_of_fold_scores(learned) if learned else {}
+        for name, rule in rules.items():
+            folder = self.run.path("rules", name)
+            folder.mkdir(exist_ok=True)
+            report: dict[str, Any] = {}
+            if name in scores:
+                joined = FoldScores.join(scores[name])
+                seed = derive_seed(self.experiment.seed, "rule", name)
+                report = rule.fit(joined.features, joined.mask, joined.labels, joined.weights, seed=seed)
+            save_arrays(folder / "state.npz", rule.state())
+            write_atomically(folder / "rule.json", json.dumps(report, indent=2, default=float))
+
+    def _new_rules(self) -> dict[str, Rule]:
+        members = list(self.experiment.members)
+        return {
+            name: RULES[part.kind](part.config, members, "candidates", name=name)
+            for name, part in self.experiment.rules.items()
+        }
+
+    def _out_of_fold_scores(self, rules: dict[str, Rule]) -> dict[str, list[FoldScores]]:
+        settings, seed = self.experiment.out_of_fold, self.experiment.seed
+        folds = make_folds(self.interactions, self.parts, self.experiment.split, settings.folds, seed)
+        recipes = {n: without_validation(p, self.fitted[n].history) for n, p in self.experiment.members.items()}
+        result: dict[str, list[FoldScores]] = {name: [] for name in rules}
+        for number, fold in enumerate(folds):
+            members = {n: f.member for n, f in self._fit_all(self._fold_data(fold), recipes).items()}
+            asked = fold.question(held_out=self.experiment.held_out_candidates)
+            sampled = sampled_scores(MemberScores(members), rules, asked, settings, derive_seed(seed, number))
+            for name, parts in sampled.items():
+                result[name].extend(parts)
+        return result
+
+    def _fold_data(self, fold: Fold) -> TrainingData:
+        return TrainingData(
+            matrix=fold.data.matrix(fold.training_rows), catalogue=fold.data.catalogue, cache=self.run.cache
+        )
+
+    @functools.cached_property
+    def rules(self) -> dict[str, Rule]:
+        """The rules that `fuse` left."""
+        rules = self._new_rules()
+        for name, rule in rules.items():
+            rule.load_state(load_arrays(self.run.path("rules", name, "state.npz")))
+        return rules
+
+    @property
+    def rule_reports(self) -> dict[str, dict[str, Any]]:
+        """What fitting each rule said: weights, losses."""
+        return {
+            name: json.loads(self.run.path("rules", name, "rule.json").read_text(encoding="utf-8"))
+            for name in self.experiment.rules
+        }
+
+    # ---- evaluate ---------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Ranks all unseen items for validation and test, chooses on validation, and writes the report."""
+        from recsys.ranking_report import write_ranking_report
+
+        write_ranking_report(self)
+
+    def ranker(self, rules: dict[str, Rule]) -> Ranker:
+        """Ranks by all members and the given rules, lists as long as the longest metric needs."""
+        longest = max((parse_metric(name, "candidates").k or 10) for name in self.experiment.metrics)
+        return Ranker(self.member_scores, rules, min(longest, self.interactions.shape[1]))
+
+    def catalogue(self) -> Catalogue:
+        """Facts about items for the metrics beyond accuracy: training counts and content vectors."""
+        tables = [f.member.table for f in self.fitted.values() if hasattr(f.member, "table")]
+        data = self.interactions
+        counts = data.matrix((self.parts == TRAIN) & data.positive).getnnz(axis=0).astype(np.int64)
+        return Catalogue(len(data.item_ids), popularity=counts, vectors=tables[0] if tables else None)
+
+    # ---- export -----------------------------------------------------------------------------------------
+
+    def export(self) -> None:
+        """Writes the artifact into `export/<model>/<version>/`, after training once more where asked for."""
+        if self.experiment.export.enabled:
+            from recsys.export import export_recommender
+
+            export_recommender(self)
+
+    def refitted(self) -> dict[str, Member]:
+        """The members as they are exported: fitted on every positive row, or as they were evaluated."""
+        if self.experiment.export.refit == "none":
+            return {name: fitted.member for name, fitted in self.fitted.items()}
+        data = self.interactions
+        everything = TrainingData(
+            matrix=data.matrix(data.positive), catalogue=data.catalogue, cache=self.run.cache
+        )
+        recipes = {n: without_validation(p, self.fitted[n].history) for n, p in self.experiment.members.items()}
+        return {name: fitted.member for name, fitted in self._fit_all(everything, recipes).items()}
+
+    def core(self, members: dict[str, Member], rule: Rule) -> RankingCore:
+        """Members and rule as the module that is exported."""
+        return RankingCore(MemberScores(members), rule)
+
+    def known(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """`[U, I]` positives and everything seen, as the exported artifact knows them."""
+        data = self.interactions
+        rows = np.ones(len(data.users), bool)
+        if self.experiment.export.refit == "none":
+            rows = np.isin(self.parts, (TRAIN, HISTORY))
+        return data.matrix(rows & data.positive), data.matrix(rows)
+
+    def part_counts(self) -> dict[str, int]:
+        """Rows by name of part."""
+        return {PART_NAMES[part]: int((self.parts == part).sum()) for part in (TRAIN, VALIDATION, TEST, HISTORY)}
+
+    def dropped(self) -> list[Dropped]:
+        """What cleaning removed."""
+        return [Dropped(**rule) for rule in self.facts["dropped"]]
+
+
+def data_hash(data: Interactions) -> str:
+    """Names the cleaned data: its ids, interactions and content."""
+    arrays = [data.users, data.items, data.positive]
+    arrays += [a for a in (data.timestamps, data.ratings) if a is not None]
+    return arrays_hash(*arrays) + "-" + table_hash(data.catalogue)[:16]
+

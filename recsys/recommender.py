@@ -1,0 +1,192 @@
+"""The recommender that is served: ids in, ids out. Id tables, what has been seen, filters and top-k around the core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from fusion.compat import keras, tf
+from recsys.collaborative.base import PADDING, constant
+from recsys.core import RankingCore
+from recsys.retrieval import top_k
+
+UNSCORED = float(np.finfo(np.float32).min)
+"""Score of a candidate about which no member says anything: finite, because JSON has no infinity."""
+
+
+
+def _ids(name: str, rank: int) -> tf.TensorSpec:
+    return tf.TensorSpec([None] * rank, tf.string, name=name)
+
+
+class ServedRecommender(tf.Module):
+    """Signatures over string ids, each input with the leading axis B, lists padded with ''.
+
+    Args:
+        core: members and rule.
+        item_ids: `[I]` str, by number.
+        user_ids: `[U]` str, by number.
+        history: `[U, I]` positives that the members score from.
+        seen: `[U, I]` everything that is never recommended again.
+        k_max: longest list that is returned.
+        encoders: functional models of content members by member name, exported as `embed_item_<member>`.
+    """
+
+    def __init__(
+        self,
+        core: RankingCore,
+        item_ids: np.ndarray,
+        user_ids: np.ndarray,
+        history: sparse.csr_matrix,
+        seen: sparse.csr_matrix,
+        k_max: int,
+        encoders: Mapping[str, keras.Model] | None = None,
+    ) -> None:
+        super().__init__()
+        self.core = core
+        self.items = len(item_ids)
+        self.k_max = k_max
+        self.item_ids = tf.Variable(np.append(item_ids.astype(object), ""), trainable=False, name="item_ids")
+        self.item_table = _id_table(item_ids)
+        self.user_table = _id_table(user_ids)
+        self.history = _Rows(history, "history")
+        self.seen = _Rows(seen, "seen")
+        self.encoders = dict(encoders or {})
+
+    def signatures(self) -> dict[str, Any]:
+        """Concrete functions by signature name."""
+        functions = {
+            "serving_default": self.score.get_concrete_function(),
+            "recommend": self.recommend.get_concrete_function(),
+            "similar_items": self.similar_items.get_concrete_function(),
+        }
+        for name, encoder in self.encoders.items():
+            functions[f"embed_item_{name}"] = embed_function(encoder).get_concrete_function()
+        return functions
+
+    @tf.function(input_signature=[_ids("history", 2), _ids("candidates", 2)])
+    def score(self, history: tf.Tensor, candidates: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Fused scores `[B, C]` of given candidates `[B, C]` for histories `[B, L]`."""
+        fused = self.core(_drop_repeats(self.item_table.lookup(history)))
+        numbers = self.item_table.lookup(candidates)
+        scores = tf.gather(fused, tf.maximum(numbers, 0), batch_dims=1)
+        silent = (numbers < 0) | ~tf.math.is_finite(scores)
+        return {"scores": tf.where(silent, UNSCORED, scores)}
+
+    @tf.function(
+        input_signature=[
+            _ids("user_id", 1),
+            _ids("history", 2),
+            tf.TensorSpec([None], tf.int32, name="k"),
+            _ids("exclude", 2),
+            _ids("include", 2),
+        ]
+    )
+    def recommend(
+        self, user_id: tf.Tensor, history: tf.Tensor, k: tf.Tensor, exclude: tf.Tensor, include: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """The k best unseen items `[B, k_max]`, their scores, and each member's contribution `[B, S, k_max]`.
+
+        A known user's stored history is used, with `history` (newer items) added to it; an unknown or empty
+        user is answered from `history` alone. `include` restricts the candidates where it holds any id.
+        """
+        user = self.user_table.lookup(user_id)
+        given = self.item_table.lookup(history)
+        numbers = _drop_repeats(tf.concat([self.history(user), given], axis=1))
+        excluded = self.item_table.lookup(exclude)
+        hidden = self._marked(tf.concat([self.seen(user), given, excluded], axis=1))
+        restricted = tf.reduce_any(include != "", axis=1, keepdims=True)
+        allowed = self._marked(self.item_table.lookup(include)) | ~restricted
+        fused, contributions = self.core.explained(numbers)
+        answer = self._best(tf.where(hidden | ~allowed, -np.inf, fused), k)
+        shares = tf.gather(contributions, tf.maximum(answer.pop("numbers"), 0), axis=2, batch_dims=1)
+        empty = (answer["item_ids"] == "")[:, None, :]
+        return {
+            **answer,
+            "contributions": tf.where(empty, 0.0, shares),
+            "known_user": user >= 0,
+        }
+
+    @tf.function(input_signature=[_ids("item_id", 1), tf.TensorSpec([None], tf.int32, name="k")])
+    def similar_items(self, item_id: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
+        """What the personal members would give to somebody who has taken just this item `[B, k_max]`."""
+        number = self.item_table.lookup(item_id)[:, None]
+        scores, mask = self.core.members(number)
+        personal = tf.constant(self.core.members.personal)[None, :, None]
+        fused = self.core.rule(scores, mask & personal)
+        answer = self._best(tf.where(self._marked(number), -np.inf, fused), k)
+        answer.pop("numbers")
+        return answer
+
+    def _marked(self, numbers: tf.Tensor) -> tf.Tensor:
+        """bool `[B, I]`: which items stand in `numbers` `[B, N]` (-1 is none)."""
+        batch = tf.shape(numbers)[0]
+        columns = tf.where(numbers < 0, self.items, numbers)
+        rows = tf.broadcast_to(tf.range(batch)[:, None], tf.shape(columns))
+        cells = tf.stack([rows, columns], axis=-1)
+        counts = tf.scatter_nd(cells, tf.ones_like(columns), tf.stack([batch, self.items + 1]))
+        return counts[:, : self.items] > 0
+
+    def _best(self, scores: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
+        length = min(self.k_max, self.items)
+        values, numbers = top_k(scores, length)
+        wanted = tf.math.is_finite(values) & (tf.range(length)[None] < k[:, None])
+        pad = [[0, 0], [0, self.k_max - length]]
+        numbers = tf.pad(tf.where(wanted, numbers, PADDING), pad, constant_values=PADDING)
+        return {
+            "item_ids": tf.gather(self.item_ids, tf.where(numbers < 0, self.items, numbers)),
+            "scores": tf.pad(tf.where(wanted, values, 0.0), pad),
+            "numbers": numbers,
+        }
+
+
+
+
+class _Rows(tf.Module):
+    """Rows of a sparse matrix of ones, by number: int32 `[B]` -> `[B, L]`, padded with -1."""
+
+    def __init__(self, matrix: sparse.csr_matrix, name: str) -> None:
+        super().__init__()
+        self.starts = constant(matrix.indptr.astype(np.int32), tf.int32, f"{name}_starts")
+        indices = matrix.indices.astype(np.int32) if matrix.nnz else np.array([PADDING], np.int32)
+        self.indices = constant(indices, tf.int32, f"{name}_items")
+
+    def __call__(self, rows: tf.Tensor) -> tf.Tensor:
+        known = rows >= 0
+        safe = tf.maximum(rows, 0)
+        start = tf.gather(self.starts, safe)
+        length = tf.where(known, tf.gather(self.starts, safe + 1) - start, 0)
+        within = tf.range(tf.reduce_max(length))[None]
+        cells = tf.minimum(start[:, None] + within, tf.shape(self.indices)[0] - 1)
+        return tf.where(within < length[:, None], tf.gather(self.indices, cells), PADDING)
+
+
+def _id_table(ids: np.ndarray) -> tf.lookup.StaticHashTable:
+    """External id -> number, -1 for unknown ones; the empty string is nobody's id."""
+    keys = tf.constant(ids.astype(object), tf.string)
+    numbers = tf.range(len(ids), dtype=tf.int32)
+    return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, numbers), default_value=PADDING)
+
+
+def _drop_repeats(numbers: tf.Tensor) -> tf.Tensor:
+    """`[B, L]` with each number kept where it first stands and -1 elsewhere: a history is a set."""
+    length = tf.shape(numbers)[1]
+    equal = numbers[:, :, None] == numbers[:, None, :]  # [B, L, L]
+    earlier = tf.linalg.band_part(tf.ones([length, length]), -1, 0) - tf.eye(length)
+    repeated = tf.reduce_any(equal & (earlier[None] > 0), axis=2)
+    return tf.where(repeated, PADDING, numbers)
+
+
+def embed_function(encoder: keras.Model) -> Any:
+    """The encoder as a function of its named inputs, for the signature `embed_item_<member>`."""
+    names = [tensor.name.split(":")[0] for tensor in encoder.inputs]
+    specs = [tf.TensorSpec([None, *t.shape[1:]], t.dtype, name=n) for n, t in zip(names, encoder.inputs, strict=True)]
+
+    @tf.function(input_signature=specs)
+    def embed_item(*values: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"embedding": encoder(dict(zip(names, values, strict=True)), training=False)}
+
+    return embed_item

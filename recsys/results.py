@@ -1,0 +1,106 @@
+"""Turns ranked lists into figures with intervals: the content of `report.json`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fusion.compat import tf
+from recsys.collaborative.base import Member
+from recsys.metrics import Catalogue, Metric, RankedLists
+from recsys.significance import interval, paired_difference, point
+
+Figures = dict[str, dict[str, dict[str, Any]]]
+"""System -> metric -> value, low, high, n."""
+
+Values = dict[str, dict[str, np.ndarray | float]]
+"""System -> metric -> one value per user, or one number."""
+
+
+def values_of(lists: Mapping[str, RankedLists], metrics: Iterable[Metric], catalogue: Catalogue) -> Values:
+    """Every metric of every system; metrics that need what the catalogue does not have are left out."""
+    usable = [m for m in metrics if m.needs is None or getattr(catalogue, m.needs) is not None]
+    return {name: {m.name: m.of_lists(ranked, catalogue) for m in usable} for name, ranked in lists.items()}
+
+
+def figures(values: Values, samples: int, seed: int, users: int, rows: np.ndarray | None = None) -> Figures:
+    """Means with bootstrap intervals over users; `rows` restricts to a segment, where only per-user metrics count."""
+    result: Figures = {}
+    for name, by_metric in values.items():
+        result[name] = {}
+        for metric, value in by_metric.items():
+            if isinstance(value, np.ndarray):
+                result[name][metric] = dict(interval(value if rows is None else value[rows], samples, seed))
+            elif rows is None:
+                result[name][metric] = dict(point(value, users))
+    return result
+
+
+def split_systems(all_figures: Figures, members: Iterable[str], rules: Iterable[str]) -> dict[str, Figures]:
+    """`{"members": ..., "rules": ...}` in the order of the config."""
+    return {
+        "members": {name: all_figures[name] for name in members},
+        "rules": {name: all_figures[name] for name in rules},
+    }
+
+
+def best(all_figures: Figures, names: Iterable[str], metric: Metric) -> str:
+    """The system with the best value of the metric; the first of equals."""
+    sign = 1.0 if metric.higher_is_better else -1.0
+    return max(names, key=lambda name: sign * _value(all_figures[name][metric.name]))
+
+
+def _value(figure: Mapping[str, Any]) -> float:
+    return -np.inf if figure["value"] is None else float(figure["value"])
+
+
+def significance(values: Values, rule: str, member: str, samples: int, seed: int) -> dict[str, Any]:
+    """Paired bootstrap of the best rule against the best member, for every per-user metric."""
+    return {
+        metric: dict(paired_difference(value, values[member][metric], samples, seed))
+        for metric, value in values[rule].items()
+        if isinstance(value, np.ndarray)
+    }
+
+
+def member_cost(member: Member, train_seconds: float, history: int = 32, calls: int = 50) -> dict[str, Any]:
+    """Parameters, bytes, floating-point operations and latency of one answer for a history of 32 items."""
+    state = member.state()
+    scorer = member.scorer()
+    return {
+        "parameters": member.parameters,
+        "bytes": int(sum(array.nbytes for array in state.values())),
+        "train_s": round(train_seconds, 3),
+        **call_cost(scorer, len(member.speaks), history, calls),
+    }
+
+
+def call_cost(score: Any, items: int, history: int = 32, calls: int = 50) -> dict[str, Any]:
+    """FLOPs (a count, multiply and add are two) and milliseconds p50, p95 of scoring the catalogue for one user."""
+    numbers = np.random.default_rng(0).permutation(items)[:history].astype(np.int32)[None]
+    function = tf.function(score).get_concrete_function(tf.TensorSpec([1, numbers.shape[1]], tf.int32))
+    asked = tf.constant(numbers)
+    seconds = []
+    for _ in range(calls + 3):
+        started = time.perf_counter()
+        function(asked)
+        seconds.append(time.perf_counter() - started)
+    p50, p95 = np.percentile(np.array(seconds[3:]) * 1000.0, [50, 95])
+    return {"flops": count_flops(function), "p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3)}
+
+
+def count_flops(function: Any) -> int:
+    """Floating-point operations of a concrete function by TensorFlow's profiler."""
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    frozen = convert_variables_to_constants_v2(function)
+    with tf.Graph().as_default() as graph:
+        tf.graph_util.import_graph_def(frozen.graph.as_graph_def(), name="")
+        options = tf.compat.v1.profiler.ProfileOptionBuilder(
+            tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+        )
+        counted = tf.compat.v1.profiler.profile(graph, options=options.with_empty_output().build())
+    return int(counted.total_float_ops)

@@ -1,0 +1,240 @@
+"""The whole experiment as settings: what a config file may say, and everything that can be checked before data is read."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fusion.config import Settings, content_hash, parse, part_of
+from fusion.errors import ConfigError
+from fusion.registry import nearest
+from fusion.rules import RULES
+from fusion.submodels import SUBMODELS
+from fusion.submodels.head import HeadSettings
+from fusion.training.strategy import StrategySettings, check_batch
+from fusion.training.trainer import TrainingSettings
+from fusion.types import Over
+from recsys.cleaning import CleaningSettings
+from recsys.collaborative import MEMBERS
+from recsys.datasets import READERS
+from recsys.metrics import parse_metric
+from recsys.splits import SplitSettings
+
+NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]{0,40}$")
+RANKING_METRICS = (
+    "recall@10", "recall@20", "precision@10", "ndcg@10", "ndcg@20", "map@10", "mrr@10", "hit_rate@10", "auc",
+    "coverage@10", "novelty@10", "diversity@10", "gini@10", "average_popularity@10",
+)  # fmt: skip
+CLASS_METRICS = ("accuracy", "log_loss", "auc", "rmse")
+
+
+class OutOfFoldSettings(Settings):
+    """How the scores are made that learned rules are fitted on: the split is applied again inside the training rows."""
+
+    folds: int = Field(2, ge=1, le=20)
+    """How often members are fitted without the rows that they then score."""
+    negatives: int = Field(200, ge=1, le=10_000)
+    """Unseen candidates drawn for each user of a fold, beside the user's positives."""
+    max_users: int = Field(20_000, ge=1)
+    """Users of a fold that are used; the rest is left out at random."""
+
+
+class EvaluationSettings(Settings):
+    """What is measured and what decides."""
+
+    metrics: tuple[str, ...] = ()
+    """Names such as ndcg@10; empty means the task's own list."""
+    primary: str = ""
+    """The metric that chooses the best member and the best rule on validation; empty: ndcg@10 or accuracy."""
+    candidates: Literal["auto", "all", "held_out"] = "auto"
+    """all: every unseen item; held_out: only items without training rows; auto: held_out for item_holdout."""
+    samples: int = Field(1000, ge=100, le=100_000)
+    """Bootstrap samples behind every interval."""
+    short_history: int = Field(10, ge=1)
+    """Users with at most so many known positives form the segment short_history."""
+    examples: int = Field(4, ge=0, le=50)
+    """Users whose recommendations are shown in the report."""
+
+
+class ExportSettings(Settings):
+    """What is written for servers and phones."""
+
+    enabled: bool = True
+    """False leaves the export out."""
+    rule: str = "best"
+    """Name of the rule to export, or best: the one chosen on validation."""
+    refit: Literal["none", "all"] = "all"
+    """all: the recipe is trained once more on every row before it is exported."""
+    k_max: int = Field(100, ge=1, le=10_000)
+    """Longest list that the exported graph returns."""
+    tflite: bool = True
+    """Also write the core as a .tflite."""
+    tflite_history: int = Field(128, ge=1, le=10_000)
+    """Length of the history that the .tflite takes; of longer ones give the latest."""
+
+
+class ClassifierMember(Settings):
+    """One submodel of a classifier."""
+
+    encoder: part_of(SUBMODELS)  # type: ignore[valid-type]
+    """The submodel: image_cnn, text_bert, ..."""
+    columns: tuple[str, ...] = ()
+    """Text columns, joined in this order; unused for images."""
+    head: HeadSettings = HeadSettings()
+    """The classifier on top of the embedding."""
+    training: TrainingSettings = TrainingSettings(epochs=30, batch_size=64, learning_rate=0.001)
+    """The training loop."""
+
+
+class Experiment(Settings):
+    """One experiment: from raw tables to an exported artifact. `members` depends on the task."""
+
+    name: str
+    """Name of the experiment: the folder of its runs and the name of the exported model."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """The one seed; every part derives its own."""
+    data: part_of(READERS)  # type: ignore[valid-type]
+    """The reader and what it needs."""
+    positive: str = "any"
+    """Which interactions count as positive: any, or a comparison such as rating >= 4."""
+    cleaning: CleaningSettings = CleaningSettings()
+    """What is dropped before anything else."""
+    split: SplitSettings = SplitSettings()
+    """Which rows are for training, validation and test."""
+    rules: dict[str, part_of(RULES)] = Field(min_length=1)  # type: ignore[valid-type]
+    """The fusion rules to compare, by name."""
+    out_of_fold: OutOfFoldSettings = OutOfFoldSettings()
+    """How scores for learned rules are made."""
+    strategy: StrategySettings = StrategySettings()
+    """Devices."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """What is measured."""
+    export: ExportSettings = ExportSettings()
+    """What is written for servers and phones."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of this run, the primary one among them."""
+        names = self.evaluation.metrics or self._task_metrics()
+        return names if self.primary in names else (self.primary, *names)
+
+    @property
+    def primary(self) -> str:
+        """The metric that decides."""
+        return self.evaluation.primary or self._task_primary()
+
+    def hash(self) -> str:
+        """SHA-256 of the settings with all defaults filled in."""
+        return content_hash(self.model_dump(mode="json"))
+
+    _over: ClassVar[Over] = "candidates"
+
+    def _task_metrics(self) -> tuple[str, ...]:
+        raise ConfigError("an experiment must say its task: recommendation or classification.")
+
+    def _task_primary(self) -> str:
+        raise ConfigError("an experiment must say its task: recommendation or classification.")
+
+    def check(self) -> None:
+        """Raises ConfigError for everything that is wrong whatever the data holds."""
+        for what, names in (("name", [self.name]), ("member", self.members), ("rule", self.rules)):  # type: ignore[attr-defined]
+            for name in names:
+                if not NAME.match(name):
+                    raise ConfigError(
+                        f"a {what} must be letters, digits and '_' (it names folders and signatures); received {name!r}."
+                    )
+        both = set(self.members) & set(self.rules)  # type: ignore[attr-defined]
+        if both:
+            raise ConfigError(f"members and rules must have different names; both have '{both.pop()}'.")
+        for name in self.metrics:
+            parse_metric(name, self._over)
+        for name, rule in self.rules.items():
+            try:
+                RULES[rule.kind].check(rule.config, list(self.members))  # type: ignore[attr-defined]
+            except ConfigError as error:
+                raise ConfigError(f"rules.{name}: {error}") from None
+        if self.export.rule != "best" and self.export.rule not in self.rules:
+            raise ConfigError(f"export.rule: no rule '{self.export.rule}': {nearest(self.export.rule, self.rules)}")
+        for name, training in self._training_loops().items():
+            try:
+                check_batch(training.batch_size, self.strategy)
+            except ConfigError as error:
+                raise ConfigError(f"members.{name}: {error}") from None
+
+    def _training_loops(self) -> dict[str, TrainingSettings]:
+        return {}
+
+
+class RecommendationExperiment(Experiment):
+    """An experiment that ranks items for users."""
+
+    task: Literal["recommendation"] = "recommendation"
+    """What the ensemble does."""
+    members: dict[str, part_of(MEMBERS)] = Field(min_length=1)  # type: ignore[valid-type]
+    """The members by name, in the order of the axis S."""
+
+    def _task_metrics(self) -> tuple[str, ...]:
+        return RANKING_METRICS
+
+    def _task_primary(self) -> str:
+        return "ndcg@10"
+
+    def _training_loops(self) -> dict[str, TrainingSettings]:
+        return {n: m.config.training for n, m in self.members.items() if hasattr(m.config, "training")}
+
+    def check(self) -> None:
+        super().check()
+        for name, member in self.members.items():
+            try:
+                MEMBERS[member.kind].check(member.config, None)
+            except ConfigError as error:
+                raise ConfigError(f"members.{name}: {error}") from None
+
+    @property
+    def held_out_candidates(self) -> bool:
+        """Whether only items without training rows are ranked."""
+        choice = self.evaluation.candidates
+        return choice == "held_out" or (choice == "auto" and self.split.strategy == "item_holdout")
+
+
+class ClassificationExperiment(Experiment):
+    """An experiment that assigns classes to examples."""
+
+    task: Literal["classification"]
+    """What the ensemble does."""
+    members: dict[str, ClassifierMember] = Field(min_length=1)
+    """The members by name, in the order of the axis S."""
+    _over: ClassVar[Over] = "classes"
+
+    def _task_metrics(self) -> tuple[str, ...]:
+        return CLASS_METRICS
+
+    def _task_primary(self) -> str:
+        return "accuracy"
+
+    def _training_loops(self) -> dict[str, TrainingSettings]:
+        return {name: member.training for name, member in self.members.items()}
+
+
+TASKS: dict[str, type[Experiment]] = {
+    "recommendation": RecommendationExperiment,
+    "classification": ClassificationExperiment,
+}
+
+
+def parse_experiment(config: dict[str, Any]) -> Any:
+    """Turns the mapping of a config file into checked settings.
+
+    Raises ConfigError with one sentence: what must hold, what was received, and the nearest known name.
+    """
+    task = config.get("task", "recommendation")
+    if task not in TASKS:
+        raise ConfigError(f"task: unknown task '{task}': {nearest(str(task), TASKS)}")
+    experiment = parse(TASKS[task], config)
+    experiment.check()
+    return experiment
+
+
+__all__ = ["ClassificationExperiment", "Experiment", "RecommendationExperiment", "parse_experiment"]

@@ -1,0 +1,135 @@
+"""Members trained one by one, and the folds that a stacker needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pytest
+
+from fusion.compat import keras
+from fusion.config import Settings
+from fusion.errors import ConfigError, DataError
+from fusion.submodels.base import Submodel
+from fusion.submodels.head import HeadSettings
+from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
+from fusion.training.separate import (
+    ClassifierTraining,
+    Examples,
+    TrainedClassifier,
+    classification_metrics,
+    train_classifier,
+)
+from fusion.types import Features, RunOptions
+
+CLASSES = 3
+
+
+class Brightness(Submodel):
+    """A tiny image encoder: two random projections of the mean colour."""
+
+    class Config(Settings):
+        fine_tune: Literal[0, "all"] = 0
+        """Nothing or everything is trained."""
+
+    modality: ClassVar[Literal["text", "image"]] = "image"
+
+    def prepare(self, values: Sequence[Any]) -> Features:
+        return {"image": np.asarray(values)}
+
+    def _build(self) -> keras.Model:
+        image = keras.Input((4, 4, 3), dtype="uint8", name="image")
+        colour = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(image))
+        initializer = keras.initializers.GlorotUniform(seed=self.seed)
+        embedding = keras.layers.Dense(8, "tanh", kernel_initializer=initializer, name="embedding")(colour)
+        return keras.Model(image, embedding)
+
+    def _blocks(self) -> list[list[keras.layers.Layer]]:
+        return [[self.encoder().get_layer("embedding")]]
+
+
+def colours(n: int, seed: int) -> Examples:
+    """Images in which the channel of the label's number is brighter."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, n)
+    images = rng.integers(0, 100, (n, 4, 4, 3))
+    images[np.arange(n), :, :, labels] += 100
+    return Examples(images.astype(np.uint8), labels)
+
+
+def train(fine_tune: Any, directory: Path, labels: np.ndarray | None = None) -> tuple[Submodel, TrainedClassifier]:
+    submodel, examples = Brightness(Brightness.Config(fine_tune=fine_tune), seed=1), colours(90, 0)
+    trained = train_classifier(
+        submodel,
+        Examples(examples.values, examples.labels if labels is None else labels),
+        colours(60, 1),
+        CLASSES,
+        HeadSettings(),
+        ClassifierTraining(epochs=12, batch_size=16, learning_rate=0.1, label_smoothing=0.1, target=0.95),
+        RunOptions(seed=5, directory=directory / "member", quiet=True),
+        directory / "cache",
+    )
+    return submodel, trained
+
+
+@pytest.mark.parametrize("fine_tune", [0, "all"])
+def test_a_member_learns_and_freezing_holds(fine_tune: Any, tmp_path: Path) -> None:
+    """F4, F7: the same call trains the head on stored embeddings, or everything, by one key."""
+    submodel, trained = train(fine_tune, tmp_path)
+    unseen = colours(100, 2)
+    outputs = trained.model.predict({"image": unseen.values}, verbose=0)
+    assert outputs["logits"].shape == (100, CLASSES) and outputs["embedding"].shape == (100, 8)
+    assert classification_metrics(outputs["logits"], unseen.labels)["accuracy"] > 0.9
+    untouched = Brightness(submodel.config, seed=1).encoder().get_weights()
+    same = all(np.array_equal(a, b) for a, b in zip(submodel.encoder().get_weights(), untouched, strict=True))
+    assert same is (fine_tune == 0)
+    assert bool(list((tmp_path).glob("cache/*"))) is (fine_tune == 0)
+
+
+def test_shuffled_labels_leave_it_at_chance(tmp_path: Path) -> None:
+    """Negative control: what was learned above was in the images."""
+    shuffled = np.random.default_rng(3).permutation(colours(90, 0).labels)
+    _, trained = train(0, tmp_path, labels=shuffled)
+    unseen = colours(300, 2)
+    logits = trained.model.predict({"image": unseen.values}, verbose=0)["logits"]
+    assert classification_metrics(logits, unseen.labels)["accuracy"] < 0.75
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [(np.full(90, 3), "from 0 to 2; .* holds 3 to 3"), (np.zeros(89, int), "90 values")]
+)
+def test_labels_that_do_not_fit_are_refused(labels: np.ndarray, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        train(0, tmp_path, labels=labels)
+
+
+def test_metrics_by_hand() -> None:
+    """Softmax of (0, ln 3) is (1/4, 3/4), whatever is added to both; large logits do not overflow."""
+    logits = np.array([[0, np.log(3)], [5, 5 + np.log(3)], [1e4, 0]], np.float32)
+    metrics = classification_metrics(logits, np.array([0, 1, 0]))
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["log_loss"] == pytest.approx((np.log(4) + np.log(4 / 3)) / 3, rel=1e-6)
+
+
+
+def test_folds_are_even_and_stratified() -> None:
+    strata = np.random.default_rng(0).choice(["a", "b", "c"], 101, p=[0.7, 0.2, 0.1])
+    folds = out_of_fold(101, 4, seed=1, strata=strata)
+    assert np.ptp(np.bincount(folds)) <= 1
+    for value in "abc":
+        assert np.ptp(np.bincount(folds[strata == value], minlength=4)) <= 1
+    assert not np.array_equal(folds, out_of_fold(101, 4, seed=2, strata=strata))
+    with pytest.raises(ConfigError, match="from 2 to the number of rows, 3; received 4"):
+        out_of_fold(3, 4, seed=0)
+
+
+def test_no_row_is_scored_by_a_model_that_saw_it() -> None:
+    """A model that memorises: asked about a row it saw it answers 1, else 0."""
+    folds = out_of_fold(20, 3, seed=0)
+    scores = out_of_fold_logits(
+        lambda fold, seen, asked: np.stack([np.isin(asked, seen), asked], axis=1), folds, quiet=True
+    )
+    assert scores.dtype == np.float32
+    assert np.array_equal(scores, np.stack([np.zeros(20), np.arange(20)], axis=1))

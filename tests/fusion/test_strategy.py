@@ -1,0 +1,222 @@
+"""Strategies: what is refused before anything runs, and that two devices do what one does.
+
+Run as a program it is the process that trains over two logical CPUs: the CPU can be divided only before
+TensorFlow first uses it, which in the test process is long over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusion.compat import keras, tf
+from fusion.config import parse
+from fusion.errors import ConfigError
+from fusion.training.separate import cross_entropy
+from fusion.training.strategy import StrategySettings, check_batch, logical_cpus, make_strategy, replicas
+from fusion.training.trainer import TrainingSettings, fit
+from fusion.types import RunOptions
+
+ROOT = Path(__file__).parents[2]
+TWO_CPUS = {"kind": "mirrored", "devices": ["CPU:0", "CPU:1"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "mirrored", "devices": ["cpu"]}, "named like CPU:0 or GPU:1; received 'cpu'"),
+        ({"kind": "mirrored", "devices": ["CPU:0", "CPU:0"]}, "each device must stand once"),
+        ({"kind": "default", "devices": ["CPU:0"]}, "devices must go with kind mirrored"),
+        ({"kind": "miror"}, "strategy.kind"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(StrategySettings, settings, "strategy")
+
+
+def test_the_batch_must_be_shared_evenly() -> None:
+    """I2: checked from the config alone."""
+    two = parse(StrategySettings, TWO_CPUS)
+    assert replicas(two) == 2
+    check_batch(32, two)
+    check_batch(33, StrategySettings())
+    with pytest.raises(ConfigError, match="multiple of the 2 devices .* received 33. The nearest are 32 and 34"):
+        check_batch(33, two)
+
+
+@pytest.mark.parametrize("kind", ["multi_worker", "parameter_server", "tpu"])
+def test_what_is_not_there_is_refused_in_a_sentence(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="would need|none was found"):
+        make_strategy(StrategySettings(kind=kind))
+
+
+def test_default_is_one_device_and_missing_devices_are_named() -> None:
+    """I8: the CPU is used when there is no GPU."""
+    assert make_strategy(StrategySettings()).num_replicas_in_sync == 1
+    with pytest.raises(ConfigError, match="GPU:7 is not"):
+        make_strategy(StrategySettings(kind="mirrored", devices=["GPU:7"]))
+    tf.constant(0.0) + 1.0  # opens the CPU
+    with pytest.raises(ConfigError, match="before TensorFlow first uses it"):
+        logical_cpus(64)
+
+
+@pytest.fixture(scope="module")
+def two_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the process below found."""
+    directory = tmp_path_factory.mktemp("two_devices")
+    subprocess.run(
+        [sys.executable, __file__, str(directory)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=180,
+    )
+    return json.loads((directory / "result.json").read_text())
+
+
+def test_mirrored_over_two_cpus_equals_one_device(two_devices: dict[str, Any]) -> None:
+    """I2: ten SGD steps, with a short and odd last batch, to 1e-5; and the test can fail."""
+    assert two_devices["replicas"] == 2
+    assert two_devices["steps"] == 10
+    one, two, start = (np.array(two_devices[name]) for name in ("one", "two", "start"))
+    np.testing.assert_allclose(two, one, atol=1e-5, rtol=0)
+    assert np.abs(one - start).max() > 0.1
+    np.testing.assert_allclose(two_devices["losses_two"], two_devices["losses_one"], rtol=1e-5)
+
+
+def test_mirrored_adam_with_penalty_and_clipping_equals_one_device(two_devices: dict[str, Any]) -> None:
+    """I2: the penalty counts once and the clipped norm is that of the summed gradient."""
+    np.testing.assert_allclose(two_devices["adam_two"], two_devices["adam_one"], atol=1e-5, rtol=0)
+
+
+def test_mirrored_with_dropout_and_normalisation_resumes(two_devices: dict[str, Any]) -> None:
+    """F10, I2: checkpoints hold the state of every replica."""
+    np.testing.assert_allclose(two_devices["resumed"], two_devices["whole"], atol=1e-6, rtol=0)
+
+
+def test_one_strategy_per_process(two_devices: dict[str, Any]) -> None:
+    """A second MirroredStrategy would abort the first one's collectives; a model from outside is named."""
+    assert two_devices["same_object"]
+    assert "can mirror over one set of devices" in two_devices["other_devices"]
+    assert "must be built in the scope of the strategy" in two_devices["outside"]
+    assert "multiple of the 2 devices" in two_devices["odd_batch"]
+
+
+# ---- the process with two devices ----------------------------------------------------------------------------
+
+
+def _data() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(77, 6)).astype(np.float32)  # 5 batches of 16, the last one of 13 rows
+    return {"x": x, "label": (x @ rng.normal(size=(6, 3))).argmax(1).astype(np.int32)}
+
+
+def _model(extras: bool, penalty: float = 0.0) -> keras.Model:
+    x = keras.Input((6,), name="x")
+    y = keras.layers.Dense(
+        8,
+        "tanh",
+        kernel_initializer=keras.initializers.GlorotUniform(seed=1),
+        kernel_regularizer=keras.regularizers.L2(penalty) if penalty else None,
+    )(x)
+    if extras:
+        y = keras.layers.BatchNormalization(synchronized=True)(y)
+        y = keras.layers.Dropout(0.3, seed=3, force_generator=True)(y)
+    return keras.Model(x, keras.layers.Dense(3, kernel_initializer=keras.initializers.GlorotUniform(seed=2))(y))
+
+
+def _train(
+    strategy: tf.distribute.Strategy | None,
+    directory: Path,
+    extras: bool = False,
+    penalty: float = 0.0,
+    interrupt_at: int | None = None,
+    **settings: Any,
+) -> tuple[np.ndarray, list[float]]:
+    with (strategy or tf.distribute.get_strategy()).scope():
+        model = _model(extras, penalty)
+    data = _data()
+    calls = iter(range(10_000))
+
+    def gather(rows: np.ndarray) -> dict[str, np.ndarray]:
+        if next(calls) == interrupt_at:
+            raise KeyboardInterrupt
+        return {name: array[rows] for name, array in data.items()}
+
+    history = fit(
+        model,
+        lambda batch: cross_entropy(batch["label"], model(batch["x"], training=True)),
+        (77, gather),
+        parse(TrainingSettings, {"epochs": 2, "batch_size": 16, "learning_rate": 0.5, **settings}),
+        RunOptions(seed=3, directory=directory, strategy=strategy, quiet=True),
+        lambda: {"epochs": float(next(calls))},
+        "epochs",
+        higher_is_better=True,
+    )
+    weights = np.concatenate([weight.ravel() for weight in model.get_weights()])
+    return weights, [row["train_loss"] for row in history.epochs]
+
+
+def _refusal(action: Any) -> str:
+    try:
+        action()
+    except (ConfigError, ValueError) as error:
+        return str(error)
+    return "not refused"
+
+
+def _main(directory: Path) -> None:
+    settings = parse(StrategySettings, TWO_CPUS)
+    strategy = make_strategy(settings)
+    one, losses_one = _train(None, directory / "one", optimizer="sgd")
+    two, losses_two = _train(strategy, directory / "two", optimizer="sgd")
+    steps = len(tf.io.gfile.glob(str(directory / "two/checkpoints/*.index"))) and 2 * -(-77 // 16)
+    adam = {"optimizer": "adam", "learning_rate": 0.05, "clip_norm": 0.5, "penalty": 0.1}
+    whole = {"extras": True, "optimizer": "adam", "learning_rate": 0.05, "checkpoint_steps": 2}
+    try:
+        _train(strategy, directory / "resumed", interrupt_at=4, **whole)
+    except KeyboardInterrupt:
+        resumed, _ = _train(strategy, directory / "resumed", **whole)
+    other = StrategySettings(kind="mirrored", devices=["CPU:1"])
+    outside = _model(False)
+    result = {
+        "replicas": strategy.num_replicas_in_sync,
+        "steps": steps,
+        "start": np.concatenate([weight.ravel() for weight in _model(False).get_weights()]).tolist(),
+        "one": one.tolist(),
+        "two": two.tolist(),
+        "losses_one": losses_one,
+        "losses_two": losses_two,
+        "adam_one": _train(None, directory / "adam_one", **adam)[0].tolist(),
+        "adam_two": _train(strategy, directory / "adam_two", **adam)[0].tolist(),
+        "whole": _train(strategy, directory / "whole", **whole)[0].tolist(),
+        "resumed": resumed.tolist(),
+        "same_object": make_strategy(settings) is strategy,
+        "other_devices": _refusal(lambda: make_strategy(other)),
+        "outside": _refusal(
+            lambda: fit(
+                outside,
+                lambda batch: batch["x"],
+                _data(),
+                TrainingSettings(batch_size=16),
+                RunOptions(seed=3, directory=directory / "outside", strategy=strategy, quiet=True),
+                dict,
+                "none",
+                True,
+            )
+        ),
+        "odd_batch": _refusal(lambda: _train(strategy, directory / "odd", batch_size=15)),
+    }
+    (directory / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,42 @@
+"""What all tools share: errors as one sentence with a documented exit code, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+
+EXIT_CODES = """exit codes:
+  0 done   1 something unexpected   2 config or command line   3 data   4 a promise was not kept (parity, hashes)
+  5 the machine refuses (disk, permissions, memory, lock)   130 interrupted
+"""
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """An argument parser that shows examples and exit codes under its options."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run(main: Callable[[], int | None], *, resume: str = "run the same command again to continue") -> None:
+    """Calls `main` and ends the process with its exit code; errors of ours become one sentence on stderr."""
+    from fusion.errors import INTERRUPTED, EngineError
+
+    try:
+        sys.exit(main() or 0)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: everything finished so far is kept; {resume}.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(0)  # the reader of our output has gone, as `head` does
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: unexpected {type(error).__name__}; please report it with the lines above.", file=sys.stderr)
+        sys.exit(1)
