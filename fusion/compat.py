@@ -7,10 +7,13 @@ TFMOT and TFRS accept nothing else, and both look at `tf.keras` while they are i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -32,8 +35,31 @@ def _choose_keras() -> None:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up notes are not our users' concern
 _choose_keras()
 
-import tensorflow as tf  # noqa: E402  (the environment has to be set first)
-import tf_keras as keras  # noqa: E402
+
+@contextlib.contextmanager
+def _start_up_notes_held() -> Iterator[None]:
+    """Holds back what the C++ side writes while it starts (processor flags, drivers that are not there): it writes
+    before any log level is in force. Shown after all when starting fails."""
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+with _start_up_notes_held():
+    import tensorflow as tf
+    import tf_keras as keras
+
+    tf.config.list_physical_devices()  # looks for drivers, and says so where there are none
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 

@@ -191,11 +191,17 @@ def parse_part(registry: Registry, data: Any, where: str) -> Part:
     return Part(data["kind"], parse(part.Config, rest, where), registry)
 
 
-def part_of(registry: Registry) -> Any:
-    """The type of a settings field that holds a part of this registry."""
+def part_of(registry: Registry, default: str | None = None) -> Any:
+    """The type of a settings field that holds a part of this registry; `default` is the kind where none is named."""
+
+    def read(data: Any) -> Part:
+        if default and isinstance(data, dict) and "kind" not in data:
+            data = {"kind": default, **data}
+        return parse_part(registry, data, registry.what)
+
     return Annotated[
         Any,
-        pydantic.BeforeValidator(lambda data: parse_part(registry, data, registry.what)),
+        pydantic.BeforeValidator(read),
         pydantic.PlainSerializer(lambda part: part.dump(), return_type=dict),
     ]
 

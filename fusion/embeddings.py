@@ -9,13 +9,12 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusion.compat import tf
 from fusion.errors import MachineError
 from fusion.images import Progress
 from fusion.submodels.base import Submodel, check_texts
@@ -55,9 +54,7 @@ def embed(
     return embeddings
 
 
-def _embed(
-    submodel: Submodel, values: Sequence[Any], batch_size: int, progress: Progress | None
-) -> np.ndarray:
+def _embed(submodel: Submodel, values: Sequence[Any], batch_size: int, progress: Progress | None) -> np.ndarray:
     if submodel.modality == "image":
         order = np.arange(len(values))
         return _run(submodel, values, order, batch_size, progress)
@@ -74,26 +71,13 @@ def _run(
 ) -> np.ndarray:
     """The embeddings of `values`, computed in the given order of rows and returned in theirs."""
     result = np.empty((len(values), submodel.dimensions), np.float32)
-    encode = _encode_function(submodel)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
-        result[rows] = encode(**submodel.prepare(batch)).numpy()
+        result[rows] = submodel.encode(submodel.prepare(batch))
         if progress is not None:
             progress(start + len(rows), len(order))
     return result
-
-
-def _encode_function(submodel: Submodel) -> Callable[..., Any]:
-    """The encoder in inference mode as one traced graph for all batch sizes and lengths."""
-    encoder = submodel.encoder()
-    names = [tensor.name for tensor in encoder.inputs]
-    signature = {
-        name: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, name)
-        for name, tensor in zip(names, encoder.inputs, strict=True)
-    }
-    encode = tf.function(lambda **features: encoder(features, training=False))
-    return encode.get_concrete_function(**signature)
 
 
 # ---- cache ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -167,15 +167,13 @@ class _Live:
     def advance(self, n: float = 1, **metrics: float) -> None:
         self._done += n
         speed = self._done / max(time.monotonic() - self._started, 1e-9)
-        fields = {"speed": f"{speed:.3g} {self._unit}/s"}
+        fields: dict[str, Any] = {"speed": f"{speed:.3g} {self._unit}/s"}
         if metrics:
             fields["metrics"] = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._display.update(self._task, advance=n, **fields)
 
 
-def _live_bar(
-    display: Progress, description: str, total: float | None, unit: str, done: float
-) -> Iterator[_Live]:
+def _live_bar(display: Progress, description: str, total: float | None, unit: str, done: float) -> Iterator[_Live]:
     task = display.add_task(description, total=total, completed=int(done), unit=unit, speed="", metrics="")
     try:
         yield _Live(display, task, unit)

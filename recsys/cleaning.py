@@ -80,9 +80,7 @@ def parse_positive(rule: str) -> Condition | None:
     return None if rule.strip() == ANY else Condition.parse(rule)
 
 
-def clean(
-    tables: Tables, settings: CleaningSettings, positive: str = ANY
-) -> tuple[Interactions, list[Dropped]]:
+def clean(tables: Tables, settings: CleaningSettings, positive: str = ANY) -> tuple[Interactions, list[Dropped]]:
     """Applies the rules to a recommendation data set and turns ids into numbers.
 
     Numbers follow the sorted ids and rows are sorted by user, time and item, so the order of rows in the
@@ -174,7 +172,7 @@ class _Rows:
         """Removes the rows `bad` (bool `[N]`) that are still there, and counts them."""
         bad = bad & self.kept
         count = int(bad.sum())
-        first = self.table.loc[bad, list(show)].head(_EXAMPLES)
+        first = self.table[list(show)].iloc[np.flatnonzero(bad)[:_EXAMPLES]]
         log.add(rule, count, [tuple(row) for row in first.to_numpy(object)])
         self.kept &= ~bad
 
@@ -214,8 +212,8 @@ class _Rows:
 
 
 def _with_text(table: pd.DataFrame, always: Sequence[str]) -> pd.DataFrame:
-    """The columns `always` and all that hold objects as text with '' for nothing; images stay as they are."""
-    loose = [name for name in table if name != IMAGE and pd.api.types.is_object_dtype(table[name].dtype)]
+    """The columns `always` and all of text or objects as text with '' for nothing; images stay as they are."""
+    loose = [name for name in table if name != IMAGE and pd.api.types.is_string_dtype(table[name].dtype)]
     names = list(dict.fromkeys([*always, *loose]))
     return table.assign(**{str(name): column for name, column in as_text(table[names]).items()})
 
@@ -389,9 +387,7 @@ def _given_split(table: pd.DataFrame, where: str) -> np.ndarray | None:
 
 def _check_empty(log: _Log, before: int) -> None:
     if before == 0:
-        raise DataError(
-            f"a data set must have interactions; '{log.name}' has none. Check the files and data.where."
-        )
+        raise DataError(f"a data set must have interactions; '{log.name}' has none. Check the files and data.where.")
 
 
 def _check_enough(rows: _Rows, log: _Log, before: int, positive: str) -> None:

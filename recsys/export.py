@@ -1,15 +1,18 @@
-"""Writes the artifact of a recommender: SavedModel, `.tflite` of the core, items, manifest; compared before it counts."""
+"""Writes artifacts: SavedModel, `.tflite`, what a client needs beside them, and a manifest; compared before they count."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from fusion.compat import tf
+from fusion.compat import keras, tf
+from fusion.ensemble import Ensemble
 from fusion.errors import ConfigError
 from fusion.export.litert import run as run_tflite
 from fusion.export.manifest import Manifest, verify_manifest, write_manifest
@@ -19,19 +22,25 @@ from fusion.export.savedmodel import signatures_of
 from fusion.export.tflite import check_runs, convert
 from fusion.export.verify import compare
 from fusion.files import atomic_folder, write_atomically
-from recsys.core import RankingCore
+from fusion.types import Features
+from recsys.core import MemberScores, RankingCore
 from recsys.evaluation import history_rows
-from recsys.recommender import ServedRecommender
+from recsys.recommender import UNSCORED, ServedRecommender
 from recsys.run import PACKAGES
-from recsys.schema import ITEM_ID, TITLE
+from recsys.schema import ITEM_ID, TEST, TITLE, USER_ID
 
 if TYPE_CHECKING:
+    from recsys.classification_task import ClassificationTask
     from recsys.ranking_task import RankingTask
 
 ROWS = 100
-TOLERANCE = {"savedmodel": 1e-4, "tflite": 1e-3}
+"""Rows on which the forms of a model are compared."""
+SAVEDMODEL_TOLERANCE, TFLITE_TOLERANCE = 1e-4, 1e-3
 """Largest difference of a fused score that passes. TFLite sums in another order, and standardised scores
 magnify what is left of it."""
+TFLITE = "core.tflite"
+
+Checks = list[dict[str, Any]]
 
 
 def export_recommender(task: RankingTask) -> Path:
@@ -39,65 +48,128 @@ def export_recommender(task: RankingTask) -> Path:
 
     Raises GateError when SavedModel or `.tflite` answer other numbers than the members in memory.
     """
-    report = json.loads(task.run.path("report.json").read_text(encoding="utf-8"))
-    settings = task.experiment.export
-    name = report["best_rule"] if settings.rule == "best" else settings.rule
+    rule = chosen_rule(task)
     members = task.refitted()
-    core = task.core(members, task.rules[name])
-    served = _served(task, core, members)
+    core = RankingCore(MemberScores(members), task.rules[rule])
+    encoders = {name: m.signatures()["embed_item"] for name, m in members.items() if m.signatures()}
+    history, seen = task.known()
+    data, k_max = task.interactions, task.experiment.export.k_max
+    served = ServedRecommender(core, data.item_ids, data.user_ids, history, seen, k_max, encoders)
+
+    def write_others(folder: Path) -> Checks:
+        table = data.catalogue[[c for c in data.catalogue.columns if c == TITLE]].copy()
+        table.insert(0, ITEM_ID, data.item_ids)
+        write_atomically(folder / "items.parquet", table.to_parquet(index=False))
+        users = pd.DataFrame({USER_ID: data.user_ids})
+        write_atomically(folder / "users.parquet", users.to_parquet(index=False))
+        return [_write_ranking_tflite(task, core, folder)] if task.experiment.export.tflite else []
+
+    return _write_artifact(
+        task, "recommender", rule, served, served.signatures(), write_others, lambda f: _compare_ranking(task, core, f)
+    )
+
+
+def export_classifier(task: ClassificationTask) -> Path:
+    """Exports the rule that was chosen on validation with all members; returns the artifact's folder.
+
+    Raises GateError when SavedModel or `.tflite` answer other numbers than the model in memory.
+    """
+    rule = chosen_rule(task)
+    ensemble = task.ensemble(rule)
+    model = ensemble.functional()
+    sample = _classifier_sample(task, ensemble)
+    expected = {key: value.numpy() for key, value in model(sample, training=False).items()}
+
+    def write_others(folder: Path) -> Checks:
+        write_atomically(folder / "labels.json", json.dumps(task.classes))
+        if not task.experiment.export.tflite:
+            return []
+        function = _named_function(model, {name: array[:1].shape for name, array in sample.items()})
+        path = folder / TFLITE
+        write_atomically(path, convert({"serving_default": function}, model))
+        rows = [{name: array[i : i + 1] for name, array in sample.items()} for i in range(len(sample["mask"]))]
+        check_runs(path, rows[0])
+        answers = [run_tflite(path, row)["probabilities"] for row in rows]
+        found = {"probabilities": np.concatenate(answers)}
+        known = {"probabilities": expected["probabilities"]}
+        return [compare(known, found, TFLITE_TOLERANCE, "Keras and TFLite")]
+
+    def compare_savedmodel(folder: Path) -> dict[str, Any]:
+        loaded = load_savedmodel(folder).signatures["serving_default"]
+        answered = loaded(**{name: tf.constant(array) for name, array in sample.items()})
+        found = {name: tensor.numpy() for name, tensor in answered.items()}
+        return compare(expected, found, SAVEDMODEL_TOLERANCE, "Keras and SavedModel")
+
+    function = _named_function(model, {name: (None, *array.shape[1:]) for name, array in sample.items()})
+    signatures = {"serving_default": function}
+    return _write_artifact(task, "classifier", rule, model, signatures, write_others, compare_savedmodel)
+
+
+def chosen_rule(task: Any) -> str:
+    """The rule to export: the one named in the config, or the best one on validation."""
+    name = task.experiment.export.rule
+    if name != "best":
+        return name
+    return json.loads(task.run.path("report.json").read_text(encoding="utf-8"))["best_rule"]
+
+
+def artifact_of(folder: Path) -> Path:
+    """The newest artifact of a run's folder. Raises ConfigError when the run exported none."""
+    versions = [path for path in folder.glob("export/*/*") if path.name.isdecimal()]
+    if not versions:
+        raise ConfigError(f"the run must have exported an artifact; {folder} has none. Run tools/export.py on it.")
+    return max(versions, key=lambda path: int(path.name))
+
+
+def _write_artifact(
+    task: Any,
+    kind: str,
+    rule: str,
+    module: Any,
+    signatures: dict[str, Any],
+    write_others: Callable[[Path], Checks],
+    compare_savedmodel: Callable[[Path], dict[str, Any]],
+) -> Path:
+    """Everything in a folder aside, compared with the numbers in memory, and only then renamed to its version."""
     shelf = task.run.path("export", task.experiment.name)
     shelf.mkdir(exist_ok=True)
     folder = shelf / str(1 + max((int(p.name) for p in shelf.iterdir() if p.name.isdecimal()), default=0))
     with atomic_folder(folder) as aside:
         model = aside / "model"
-        save_savedmodel(served, model, served.signatures())
+        save_savedmodel(module, model, signatures)
         for path in list(model.iterdir()):
             path.rename(aside / path.name)
         model.rmdir()
-        _write_items(task, aside)
-        checks = [] if not settings.tflite else [_write_tflite(task, core, aside)]
-        content = _manifest(task, aside, name, report)
-        write_manifest(aside, content)
-        checks.append(_compare_savedmodel(task, core, aside))
+        checks = write_others(aside)
+        write_manifest(aside, _manifest(task, kind, rule, aside))
+        checks.append(compare_savedmodel(aside))
         write_atomically(task.run.path("verify.json"), json.dumps(checks, indent=2))
     verify_manifest(folder)
     return folder
 
 
-def _served(task: RankingTask, core: RankingCore, members: dict[str, Any]) -> ServedRecommender:
-    data = task.interactions
-    history, seen = task.known()
-    encoders = {name: m.signatures()["embed_item"] for name, m in members.items() if m.signatures()}
-    return ServedRecommender(
-        core, data.item_ids, data.user_ids, history, seen, task.experiment.export.k_max, encoders
-    )
-
-
-def _write_items(task: RankingTask, folder: Path) -> None:
-    catalogue = task.interactions.catalogue
-    table = catalogue[[c for c in catalogue.columns if c in (ITEM_ID, TITLE)]].copy()
-    table[ITEM_ID] = task.interactions.item_ids
-    write_atomically(folder / "items.parquet", table.to_parquet(index=False))
-
-
-def _manifest(task: RankingTask, folder: Path, rule: str, report: dict[str, Any]) -> Manifest:
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+def _manifest(task: Any, kind: str, rule: str, folder: Path) -> Manifest:
+    report = json.loads(task.run.path("report.json").read_text(encoding="utf-8"))
+    settings = task.experiment.export
     return Manifest(
-        kind="recommender",
+        kind=kind,
         members=tuple(task.experiment.members),
         signatures=signatures_of(folder),
         config_hash=task.experiment.hash(),
         data_hash=report["dataset"]["hash"],
         split_hash=report["split"]["hash"],
-        rows_seen="all" if task.experiment.export.refit == "all" else "train",
+        rows_seen="all" if settings.refit == "all" else "train",
         metrics={metric: figure["value"] for metric, figure in report["rules"][rule].items()},
-        libraries=versions,
-        limits={"k_max": task.experiment.export.k_max},
+        libraries={package: importlib.metadata.version(package) for package in PACKAGES},
+        limits={"k_max": settings.k_max} if kind == "recommender" else {},
     )
 
 
-def _sample(task: RankingTask, longest: int) -> np.ndarray:
-    """Histories int32 `[ROWS, longest]` of random users, cut to the artifact's length."""
+# ---- rankings ------------------------------------------------------------------------------------------------
+
+
+def _histories(task: RankingTask, longest: int) -> np.ndarray:
+    """Histories int32 `[ROWS, longest]` of random users, longer ones cut."""
     history, _ = task.known()
     users = np.flatnonzero(np.diff(history.indptr) > 0)
     chosen = np.random.default_rng(0).permutation(users)[:ROWS]
@@ -105,40 +177,49 @@ def _sample(task: RankingTask, longest: int) -> np.ndarray:
     return np.pad(rows, [(0, 0), (0, longest - rows.shape[1])], constant_values=-1)
 
 
-def _write_tflite(task: RankingTask, core: RankingCore, folder: Path) -> dict[str, Any]:
+def _write_ranking_tflite(task: RankingTask, core: RankingCore, folder: Path) -> dict[str, Any]:
     length = task.experiment.export.tflite_history
     function = tf.function(
         lambda history: dict(zip(("scores", "contributions"), core.explained(history), strict=True)),
         input_signature=[tf.TensorSpec([1, length], tf.int32, name="history")],
     )
-    path = folder / "core.tflite"
+    path = folder / TFLITE
     write_atomically(path, convert({"serving_default": function}, core))
-    sample = _sample(task, length)
+    sample = _histories(task, length)
     check_runs(path, {"history": sample[:1]})
-    expected, found = [], []
-    for row in sample:
-        expected.append(function(tf.constant(row[None]))["scores"].numpy())
-        found.append(run_tflite(path, {"history": row[None]})["scores"])
+    expected = [function(tf.constant(row[None]))["scores"].numpy() for row in sample]
+    found = [run_tflite(path, {"history": row[None]})["scores"] for row in sample]
     return compare(
-        {"scores": np.concatenate(expected)}, {"scores": np.concatenate(found)}, TOLERANCE["tflite"], "Keras and TFLite"
+        {"scores": np.concatenate(expected)}, {"scores": np.concatenate(found)}, TFLITE_TOLERANCE, "Keras and TFLite"
     )
 
 
-def _compare_savedmodel(task: RankingTask, core: RankingCore, folder: Path) -> dict[str, Any]:
+def _compare_ranking(task: RankingTask, core: RankingCore, folder: Path) -> dict[str, Any]:
     item_ids = task.interactions.item_ids.astype(object)
-    sample = _sample(task, 64)
+    sample = _histories(task, 64)
     histories = np.where(sample < 0, "", item_ids[np.maximum(sample, 0)])
     candidates = np.broadcast_to(item_ids, (len(sample), len(item_ids)))
     loaded = load_savedmodel(folder).signatures["serving_default"]
     answered = loaded(history=tf.constant(histories, tf.string), candidates=tf.constant(candidates, tf.string))
-    expected = core(tf.constant(sample)).numpy()
-    expected = np.where(np.isfinite(expected), expected, np.finfo(np.float32).min)
-    return compare({"scores": expected}, {"scores": answered["scores"].numpy()}, TOLERANCE["savedmodel"], "Keras and SavedModel")
+    fused = core(tf.constant(sample)).numpy()
+    expected = {"scores": np.where(np.isfinite(fused), fused, UNSCORED)}
+    return compare(expected, {"scores": answered["scores"].numpy()}, SAVEDMODEL_TOLERANCE, "Keras and SavedModel")
 
 
-def artifact_of(folder: Path) -> Path:
-    """The newest artifact of a run's folder. Raises ConfigError when the run exported none."""
-    versions = [p for p in folder.glob("export/*/*") if p.name.isdecimal()]
-    if not versions:
-        raise ConfigError(f"the run must have exported an artifact; {folder} has none. Run tools/export.py on it.")
-    return max(versions, key=lambda path: int(path.name))
+# ---- classes -------------------------------------------------------------------------------------------------
+
+
+def _classifier_sample(task: ClassificationTask, ensemble: Ensemble) -> Features:
+    """Inputs of the functional model for rows of the test part."""
+    rows = task.rows(TEST)[:ROWS]
+    names = list(ensemble.members)
+    inputs = ensemble.prepare({name: task.values(name, rows) for name in names})
+    return {**inputs, "mask": np.stack([task.available(name)[rows] for name in names], axis=1)}
+
+
+def _named_function(model: keras.Model, shapes: dict[str, tuple[int | None, ...]]) -> Any:
+    """The model as a function whose inputs and outputs keep their names; shapes of the inputs as given."""
+    dtypes = {tensor.name.split(":")[0]: tensor.dtype for tensor in model.inputs}
+    specs = {name: tf.TensorSpec(shape, dtypes[name], name=name) for name, shape in shapes.items()}
+    function = tf.function(lambda **inputs: model(inputs, training=False))
+    return function.get_concrete_function(**specs)

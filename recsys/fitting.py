@@ -8,30 +8,35 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from fusion.config import Part, content_hash
 from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays
 from fusion.types import History, RunOptions, derive_seed
-from recsys.collaborative.base import Member, TrainingData
 from recsys.run import code_version
-from recsys.storage import arrays_hash, table_hash
+
+
+class FitData(Protocol):
+    """What members are fitted on, of either task."""
+
+    cache: Path
+
+    def fingerprint(self, part: Part) -> str:
+        """Names everything that fitting `part` on this data depends on."""
 
 
 @dataclass(frozen=True)
 class Fitted:
     """A fitted member, where it lies, and what fitting it took."""
 
-    member: Member
+    member: Any
     folder: Path
     history: History | None
     seconds: float
 
 
 def fit_member(
-    name: str, part: Part, data: TrainingData, seed: int, *, strategy: Any = None, quiet: bool = False
+    name: str, part: Part, data: FitData, seed: int, *, strategy: Any = None, quiet: bool = False
 ) -> Fitted:
     """The member `name` fitted on `data`, from the cache where it lies there.
 
@@ -50,7 +55,7 @@ def fit_member(
 
 
 def _fit_into(
-    folder: Path, work: Path, name: str, part: Part, data: TrainingData, seed: int, strategy: Any, quiet: bool
+    folder: Path, work: Path, name: str, part: Part, data: FitData, seed: int, strategy: Any, quiet: bool
 ) -> None:
     member = part.make(derive_seed(seed, "member", name))
     started = time.perf_counter()
@@ -79,20 +84,9 @@ def load_fitted(folder: Path, name: str, part: Part, seed: int) -> Fitted:
     return Fitted(member, folder, history, facts["seconds"])
 
 
-def _key(name: str, part: Part, data: TrainingData, seed: int) -> str:
-    matrix = data.matrix.tocsr()
-    matrix.sort_indices()
-    return content_hash(
-        {
-            "name": name,
-            "part": part.dump(),
-            "seed": seed,
-            "rows": arrays_hash(matrix.indptr, matrix.indices, np.array(matrix.shape)),
-            "catalogue": table_hash(data.catalogue) if part.kind == "content" else "",
-            "validation": [data.validation_hash, data.monitor] if data.validate else None,
-            "code": code_version(),
-        }
-    )
+def _key(name: str, part: Part, data: FitData, seed: int) -> str:
+    recipe = {"name": name, "part": part.dump(), "seed": seed, "code": code_version()}
+    return content_hash({**recipe, "data": data.fingerprint(part)})
 
 
 def without_validation(part: Part, history: History | None) -> Part:

@@ -39,8 +39,14 @@ class Fold:
         return (self.parts == TRAIN) & self.data.positive
 
     def question(self, *, held_out: bool) -> Question:
-        """What the members are asked about this fold."""
-        return question(self.data, self.parts, TEST, held_out=held_out)
+        """What the members are asked about this fold.
+
+        Items that nobody took before the fold ended are no candidates: they were not there yet, and a rule that
+        met them as sure negatives would learn to bury every new item.
+        """
+        asked = question(self.data, self.parts, TEST, held_out=held_out)
+        appeared = np.bincount(self.data.items, minlength=self.data.shape[1]) > 0
+        return replace(asked, candidates=asked.candidates & appeared)
 
 
 def make_folds(data: Interactions, parts: np.ndarray, settings: SplitSettings, folds: int, seed: int) -> list[Fold]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.config import read_config
+from fusion.errors import ConfigError
 from fusion.registry import Registry
 from recsys.run import Run
 from recsys.settings import parse_experiment
@@ -44,3 +45,16 @@ def run_stages(run: Run, again: Sequence[str] = ()) -> None:
             with run.stage(stage):
                 getattr(task, stage)()
     run.set(status="finished")
+
+
+def rerun(run: Run, stages: Sequence[str]) -> None:
+    """Runs stages of a finished run once more, on what the earlier ones left. ConfigError when those are missing."""
+    order = TASKS[run.experiment.task].STAGES
+    missing = [stage for stage in order[: order.index(stages[0])] if not run.done(stage)]
+    if missing:
+        raise ConfigError(
+            f"the stage {stages[0]} needs what {missing[0]} leaves; {run.folder} did not get that far. "
+            "Run tools/train.py with its config again to continue it."
+        )
+    with run.locked():
+        run_stages(run, again=stages)

@@ -16,22 +16,21 @@ from recsys.core import RankingCore
 from recsys.evaluation import Question, Ranked, question
 from recsys.metrics import parse_metric
 from recsys.recommender import ServedRecommender
+from recsys.report import write_report
+from recsys.report_content import Example, Pictured, Recommended, ReportExtras
 from recsys.schema import IMAGE, TEST, TITLE, VALIDATION
+from recsys.significance import paired_difference
 
 if TYPE_CHECKING:
     from recsys.ranking_task import RankingTask
 
-SCHEMA_VERSION = 1
-
 
 def write_ranking_report(task: RankingTask) -> dict[str, Any]:
     """Ranks validation and test, and writes `report.json`, `report.html`, `plots/` and `model_card.md`."""
-    from recsys.report import write_report
-
     evaluation = RankingEvaluation(task)
     report = evaluation.report()
     write_atomically(task.run.path("report.json"), json.dumps(report, indent=1))
-    write_report(report, evaluation.extras(report), task.run.folder)
+    write_report(task.run.folder, report, evaluation.extras(report))
     return report
 
 
@@ -61,7 +60,7 @@ class RankingEvaluation:
         best_member = results.best(found["validation"], members, self.primary)
         best_rule = results.best(found["validation"], rules, self.primary)
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": results.SCHEMA_VERSION,
             "name": self.experiment.name,
             "task": "recommendation",
             "primary_metric": self.primary.name,
@@ -147,27 +146,25 @@ class RankingEvaluation:
 
     # ---- what only the page shows -----------------------------------------------------------------------
 
-    def extras(self, report: dict[str, Any]) -> Any:
+    def extras(self, report: dict[str, Any]) -> ReportExtras:
         """Learning curves, drop-one-member, rule weights, examples."""
-        from recsys.report import ReportExtras
-
         task = self.task
         return ReportExtras(
+            metric=self.primary.name,
+            name=self.experiment.name,
             learning_curves={n: f.history.epochs for n, f in task.fitted.items() if f.history and f.history.epochs},
             drop_one=self._drop_one(report["best_rule"]),
             rule_weights={n: r["weights"] for n, r in task.rule_reports.items() if "weights" in r},
             examples=self._examples(report["best_rule"]),
             cleaning=task.dropped(),
-            config_yaml=task.run.path("config.yaml").read_text(encoding="utf-8"),
+            config=task.run.path("config.yaml").read_text(encoding="utf-8"),
             warnings=self._warnings(report),
             environment=json.loads(task.run.path("environment.json").read_text(encoding="utf-8")),
             positive_rule=self.experiment.positive,
         )
 
     def _drop_one(self, best_rule: str) -> dict[str, dict[str, float]]:
-        """The primary metric of the best rule with one member silenced, and the paired difference to all members."""
-        from recsys.significance import paired_difference
-
+        """The primary metric of the best rule with one member silenced, and what that member adds (paired)."""
         task, members = self.task, list(self.experiment.members)
         if len(members) < 2:
             return {}
@@ -177,11 +174,11 @@ class RankingEvaluation:
         result = {}
         for name in members:
             values = self.primary.of_lists(ranked.lists[f"without {name}"], self.catalogue)
-            difference = dict(paired_difference(values, whole, self.samples, self.seed))
+            difference = dict(paired_difference(whole, values, self.samples, self.seed))
             result[name] = {"value": float(np.nanmean(values)), **difference}
         return result
 
-    def _examples(self, best_rule: str) -> list[dict[str, Any]]:
+    def _examples(self, best_rule: str) -> list[Example]:
         """Test users, drawn at random, with what they liked and what the best rule recommends."""
         task, data = self.task, self.task.interactions
         asked = self.test_question
@@ -196,7 +193,7 @@ class RankingEvaluation:
             examples.append(self._example(user, {key: value.numpy()[0] for key, value in answer.items()}))
         return examples
 
-    def _example(self, user: int, answer: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _example(self, user: int, answer: dict[str, np.ndarray]) -> Example:
         data, asked = self.task.interactions, self.test_question
         number = {item: position for position, item in enumerate(data.item_ids)}
         liked = asked.history.indices[asked.history.indptr[user] : asked.history.indptr[user + 1]]
@@ -206,18 +203,14 @@ class RankingEvaluation:
             if item_id:
                 item = number[item_id.decode("utf-8")]
                 shares = dict(zip(self.experiment.members, answer["contributions"][:, place].tolist(), strict=True))
-                facts = {"score": float(answer["scores"][place]), "contributions": shares, "relevant": item in taken}
-                recommended.append({**self._item(item), **facts})
-        return {
-            "user": str(data.user_ids[user]),
-            "history": [self._item(item) for item in liked[-6:]],
-            "recommended": recommended,
-        }
+                shown, score = self._item(item), float(answer["scores"][place])
+                recommended.append(Recommended(shown.title, score, shares, shown.image, item in taken))
+        return Example(str(data.user_ids[user]), [self._item(item) for item in liked[-6:]], recommended)
 
-    def _item(self, number: int) -> dict[str, Any]:
+    def _item(self, number: int) -> Pictured:
         row = self.task.interactions.catalogue.iloc[number]
         title = str(row[TITLE]) if TITLE in row and row[TITLE] else str(self.task.interactions.item_ids[number])
-        return {"title": title, "image": row[IMAGE] if IMAGE in row else ""}
+        return Pictured(title, row[IMAGE] if IMAGE in row else None)
 
     def _warnings(self, report: dict[str, Any]) -> list[str]:
         """What a reader must know before believing a figure."""

@@ -16,10 +16,9 @@ from fusion.rules import RULES
 from fusion.rules.base import Rule
 from fusion.training.strategy import make_strategy
 from fusion.types import derive_seed
-from recsys import results
 from recsys.cleaning import clean
 from recsys.collaborative.base import Member, TrainingData
-from recsys.core import MemberScores, RankingCore
+from recsys.core import MemberScores
 from recsys.evaluation import Ranker, question, validator
 from recsys.fitting import Fitted, fit_member, keep_copy, load_fitted, without_validation
 from recsys.metrics import Catalogue, parse_metric
@@ -215,10 +214,6 @@ class RankingTask:
         )
         recipes = {n: without_validation(p, self.fitted[n].history) for n, p in self.experiment.members.items()}
         return {name: fitted.member for name, fitted in self._fit_all(everything, recipes).items()}
-
-    def core(self, members: dict[str, Member], rule: Rule) -> RankingCore:
-        """Members and rule as the module that is exported."""
-        return RankingCore(MemberScores(members), rule)
 
     def known(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """`[U, I]` positives and everything seen, as the exported artifact knows them."""

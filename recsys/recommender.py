@@ -70,7 +70,7 @@ class ServedRecommender(tf.Module):
     @tf.function(input_signature=[_ids("history", 2), _ids("candidates", 2)])
     def score(self, history: tf.Tensor, candidates: tf.Tensor) -> dict[str, tf.Tensor]:
         """Fused scores `[B, C]` of given candidates `[B, C]` for histories `[B, L]`."""
-        fused = self.core(_drop_repeats(self.item_table.lookup(history)))
+        fused = self.core(self._once(self.item_table.lookup(history)))
         numbers = self.item_table.lookup(candidates)
         scores = tf.gather(fused, tf.maximum(numbers, 0), batch_dims=1)
         silent = (numbers < 0) | ~tf.math.is_finite(scores)
@@ -95,7 +95,7 @@ class ServedRecommender(tf.Module):
         """
         user = self.user_table.lookup(user_id)
         given = self.item_table.lookup(history)
-        numbers = _drop_repeats(tf.concat([self.history(user), given], axis=1))
+        numbers = self._once(tf.concat([self.history(user), given], axis=1))
         excluded = self.item_table.lookup(exclude)
         hidden = self._marked(tf.concat([self.seen(user), given, excluded], axis=1))
         restricted = tf.reduce_any(include != "", axis=1, keepdims=True)
@@ -121,13 +121,24 @@ class ServedRecommender(tf.Module):
         answer.pop("numbers")
         return answer
 
+    def _once(self, numbers: tf.Tensor) -> tf.Tensor:
+        """`[B, L]` with each number kept where it first stands and -1 elsewhere: a history is a set."""
+        batch, length = tf.unstack(tf.shape(numbers))
+        cells = self._cells(numbers)
+        places = tf.broadcast_to(tf.range(length)[None], [batch, length])
+        first = tf.tensor_scatter_nd_min(tf.fill([batch, self.items + 1], length), cells, places)
+        return tf.where(tf.gather_nd(first, cells) == places, numbers, PADDING)
+
+    def _cells(self, numbers: tf.Tensor) -> tf.Tensor:
+        """`[B, N, 2]`: row and column of each number in a matrix `[B, I + 1]`; -1 has the last column."""
+        columns = tf.where(numbers < 0, self.items, numbers)
+        rows = tf.broadcast_to(tf.range(tf.shape(columns)[0])[:, None], tf.shape(columns))
+        return tf.stack([rows, columns], axis=-1)
+
     def _marked(self, numbers: tf.Tensor) -> tf.Tensor:
         """bool `[B, I]`: which items stand in `numbers` `[B, N]` (-1 is none)."""
-        batch = tf.shape(numbers)[0]
-        columns = tf.where(numbers < 0, self.items, numbers)
-        rows = tf.broadcast_to(tf.range(batch)[:, None], tf.shape(columns))
-        cells = tf.stack([rows, columns], axis=-1)
-        counts = tf.scatter_nd(cells, tf.ones_like(columns), tf.stack([batch, self.items + 1]))
+        shape = tf.stack([tf.shape(numbers)[0], self.items + 1])
+        counts = tf.scatter_nd(self._cells(numbers), tf.ones_like(numbers), shape)
         return counts[:, : self.items] > 0
 
     def _best(self, scores: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -169,15 +180,6 @@ def _id_table(ids: np.ndarray) -> tf.lookup.StaticHashTable:
     keys = tf.constant(ids.astype(object), tf.string)
     numbers = tf.range(len(ids), dtype=tf.int32)
     return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, numbers), default_value=PADDING)
-
-
-def _drop_repeats(numbers: tf.Tensor) -> tf.Tensor:
-    """`[B, L]` with each number kept where it first stands and -1 elsewhere: a history is a set."""
-    length = tf.shape(numbers)[1]
-    equal = numbers[:, :, None] == numbers[:, None, :]  # [B, L, L]
-    earlier = tf.linalg.band_part(tf.ones([length, length]), -1, 0) - tf.eye(length)
-    repeated = tf.reduce_any(equal & (earlier[None] > 0), axis=2)
-    return tf.where(repeated, PADDING, numbers)
 
 
 def embed_function(encoder: keras.Model) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from fusion.compat import tf
 from recsys.collaborative.base import Member
 from recsys.metrics import Catalogue, Metric, RankedLists
 from recsys.significance import interval, paired_difference, point
+
+SCHEMA_VERSION = 1
+"""Of `report.json`."""
 
 Figures = dict[str, dict[str, dict[str, Any]]]
 """System -> metric -> value, low, high, n."""
@@ -83,13 +86,18 @@ def call_cost(score: Any, items: int, history: int = 32, calls: int = 50) -> dic
     numbers = np.random.default_rng(0).permutation(items)[:history].astype(np.int32)[None]
     function = tf.function(score).get_concrete_function(tf.TensorSpec([1, numbers.shape[1]], tf.int32))
     asked = tf.constant(numbers)
+    return {"flops": count_flops(function), **latency(lambda: function(asked), calls)}
+
+
+def latency(call: Callable[[], Any], calls: int = 50) -> dict[str, float]:
+    """Milliseconds of a call, p50 and p95 of `calls` after three that do not count."""
     seconds = []
     for _ in range(calls + 3):
         started = time.perf_counter()
-        function(asked)
+        call()
         seconds.append(time.perf_counter() - started)
     p50, p95 = np.percentile(np.array(seconds[3:]) * 1000.0, [50, 95])
-    return {"flops": count_flops(function), "p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3)}
+    return {"p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3)}
 
 
 def count_flops(function: Any) -> int:

@@ -92,7 +92,9 @@ def seen_pairs(seen: sparse.csr_matrix, start: int, stop: int) -> np.ndarray:
 
 
 @tf.function(reduce_retracing=True)
-def _score_block(users: tf.Tensor, items: tf.Tensor, pairs: tf.Tensor, count: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+def _score_block(
+    users: tf.Tensor, items: tf.Tensor, pairs: tf.Tensor, count: tf.Tensor, k: int
+) -> tuple[tf.Tensor, tf.Tensor]:
     return select(exclude(tf.matmul(users, items), pairs), count, k)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from fusion.config import parse_yaml
+from fusion.config import merge, parse_yaml
 from fusion.errors import ConfigError, MachineError
 from fusion.files import lock_folder, write_atomically
 
@@ -70,14 +70,15 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, folder: Path, *, quiet: bool = False) -> Run:
-        """A run that exists, by its folder or by `<root>/<name>/latest`."""
+    def open(cls, folder: Path, *, quiet: bool = False, export: dict[str, Any] | None = None) -> Run:
+        """A run that exists, by its folder or by `<root>/<name>/latest`; `export` overrides keys of its export."""
         from recsys.settings import parse_experiment
 
         config = folder / CONFIG
         if not config.is_file():
             raise ConfigError(f"a run's folder must hold {CONFIG}; {folder} does not. Give the folder that a run printed.")
-        experiment = parse_experiment(parse_yaml(config.read_text(encoding="utf-8"), str(config)))
+        settings = parse_yaml(config.read_text(encoding="utf-8"), str(config))
+        experiment = parse_experiment(merge(settings, {"export": export or {}}))
         return cls(folder.resolve(), experiment, quiet=quiet)
 
     @property

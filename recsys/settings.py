@@ -11,10 +11,8 @@ from fusion.config import Settings, content_hash, parse, part_of
 from fusion.errors import ConfigError
 from fusion.registry import nearest
 from fusion.rules import RULES
-from fusion.submodels import SUBMODELS
-from fusion.submodels.head import HeadSettings
+from fusion.training.member import CLASSIFIERS
 from fusion.training.strategy import StrategySettings, check_batch
-from fusion.training.trainer import TrainingSettings
 from fusion.types import Over
 from recsys.cleaning import CleaningSettings
 from recsys.collaborative import MEMBERS
@@ -73,19 +71,6 @@ class ExportSettings(Settings):
     """Also write the core as a .tflite."""
     tflite_history: int = Field(128, ge=1, le=10_000)
     """Length of the history that the .tflite takes; of longer ones give the latest."""
-
-
-class ClassifierMember(Settings):
-    """One submodel of a classifier."""
-
-    encoder: part_of(SUBMODELS)  # type: ignore[valid-type]
-    """The submodel: image_cnn, text_bert, ..."""
-    columns: tuple[str, ...] = ()
-    """Text columns, joined in this order; unused for images."""
-    head: HeadSettings = HeadSettings()
-    """The classifier on top of the embedding."""
-    training: TrainingSettings = TrainingSettings(epochs=30, batch_size=64, learning_rate=0.001)
-    """The training loop."""
 
 
 class Experiment(Settings):
@@ -157,14 +142,13 @@ class Experiment(Settings):
                 raise ConfigError(f"rules.{name}: {error}") from None
         if self.export.rule != "best" and self.export.rule not in self.rules:
             raise ConfigError(f"export.rule: no rule '{self.export.rule}': {nearest(self.export.rule, self.rules)}")
-        for name, training in self._training_loops().items():
+        for name, member in self.members.items():  # type: ignore[attr-defined]
             try:
-                check_batch(training.batch_size, self.strategy)
+                member.registry[member.kind].check(member.config)
+                if hasattr(member.config, "training"):
+                    check_batch(member.config.training.batch_size, self.strategy)
             except ConfigError as error:
                 raise ConfigError(f"members.{name}: {error}") from None
-
-    def _training_loops(self) -> dict[str, TrainingSettings]:
-        return {}
 
 
 class RecommendationExperiment(Experiment):
@@ -181,17 +165,6 @@ class RecommendationExperiment(Experiment):
     def _task_primary(self) -> str:
         return "ndcg@10"
 
-    def _training_loops(self) -> dict[str, TrainingSettings]:
-        return {n: m.config.training for n, m in self.members.items() if hasattr(m.config, "training")}
-
-    def check(self) -> None:
-        super().check()
-        for name, member in self.members.items():
-            try:
-                MEMBERS[member.kind].check(member.config, None)
-            except ConfigError as error:
-                raise ConfigError(f"members.{name}: {error}") from None
-
     @property
     def held_out_candidates(self) -> bool:
         """Whether only items without training rows are ranked."""
@@ -204,7 +177,7 @@ class ClassificationExperiment(Experiment):
 
     task: Literal["classification"]
     """What the ensemble does."""
-    members: dict[str, ClassifierMember] = Field(min_length=1)
+    members: dict[str, part_of(CLASSIFIERS, default="neural")] = Field(min_length=1)  # type: ignore[valid-type]
     """The members by name, in the order of the axis S."""
     _over: ClassVar[Over] = "classes"
 
@@ -213,9 +186,6 @@ class ClassificationExperiment(Experiment):
 
     def _task_primary(self) -> str:
         return "accuracy"
-
-    def _training_loops(self) -> dict[str, TrainingSettings]:
-        return {name: member.training for name, member in self.members.items()}
 
 
 TASKS: dict[str, type[Experiment]] = {

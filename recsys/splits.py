@@ -155,9 +155,7 @@ class _Ranks:
     from_end: np.ndarray
 
 
-def _ranks(
-    interactions: Interactions, times: np.ndarray | None, seed: int, of: np.ndarray | None = None
-) -> _Ranks:
+def _ranks(interactions: Interactions, times: np.ndarray | None, seed: int, of: np.ndarray | None = None) -> _Ranks:
     """Ranks by time, or by chance where there is none, among the rows `of` (bool `[N]`, all by default)."""
     rows = np.arange(len(interactions.users)) if of is None else np.flatnonzero(of)
     users = interactions.users[rows]
@@ -171,9 +169,7 @@ def _ranks(
     return _Ranks(rank, totals, totals[interactions.users] - 1 - rank)
 
 
-def _cut(
-    interactions: Interactions, ranks: _Ranks, n_validation: np.ndarray, n_test: np.ndarray
-) -> np.ndarray:
+def _cut(interactions: Interactions, ranks: _Ranks, n_validation: np.ndarray, n_test: np.ndarray) -> np.ndarray:
     """Each user's last positives as test, those before as validation; counts int `[U]`."""
     users, ranked = interactions.users, ranks.rank >= 0
     parts = np.full(len(users), TRAIN, np.int8)
@@ -190,16 +186,12 @@ def _shares(totals: np.ndarray, share: float) -> np.ndarray:
 
 def _temporal_per_user(interactions: Interactions, settings: SplitSettings) -> np.ndarray:
     ranks = _ranks(interactions, _times(interactions, settings), settings.seed)
-    return _cut(
-        interactions, ranks, _shares(ranks.totals, settings.validation), _shares(ranks.totals, settings.test)
-    )
+    return _cut(interactions, ranks, _shares(ranks.totals, settings.validation), _shares(ranks.totals, settings.test))
 
 
 def _random(interactions: Interactions, settings: SplitSettings) -> np.ndarray:
     ranks = _ranks(interactions, None, settings.seed)
-    return _cut(
-        interactions, ranks, _shares(ranks.totals, settings.validation), _shares(ranks.totals, settings.test)
-    )
+    return _cut(interactions, ranks, _shares(ranks.totals, settings.validation), _shares(ranks.totals, settings.test))
 
 
 def _leave_last_out(interactions: Interactions, settings: SplitSettings) -> np.ndarray:

@@ -62,9 +62,7 @@ class Vocabulary:
         """The ids of numbers, object `[N]`; raises IndexError for a number that is none of them."""
         places = np.asarray(numbers, dtype=np.int64)
         if places.size and (places.min() < 0 or places.max() >= len(self)):
-            raise IndexError(
-                f"numbers must lie in 0..{len(self) - 1}; received {places.min()}..{places.max()}."
-            )
+            raise IndexError(f"numbers must lie in 0..{len(self) - 1}; received {places.min()}..{places.max()}.")
         found: np.ndarray = self._ids[places]
         return found
 

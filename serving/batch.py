@@ -88,10 +88,9 @@ def _blocks(
 
 
 def _schema(predictor: Predictor) -> pa.Schema:
-    contributions = [(f"contribution_{member}", pa.float32()) for member in predictor.members]
-    return pa.schema(
-        [("user_id", pa.string()), ("rank", pa.int32()), ("item_id", pa.string()), ("score", pa.float32()), *contributions]
-    )
+    columns = {"user_id": pa.string(), "rank": pa.int32(), "item_id": pa.string(), "score": pa.float32()}
+    columns |= {f"contribution_{member}": pa.float32() for member in predictor.members}
+    return pa.schema(list(columns.items()))
 
 
 def _table(predictor: Predictor, ids: np.ndarray, answer: Arrays) -> pa.Table:

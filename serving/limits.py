@@ -9,16 +9,16 @@ from dataclasses import dataclass, fields
 class Limits:
     """Upper bounds of one request; each is at least 1.
 
-    | limit           | input, axis                       | default | why                                                  |
-    |-----------------|-----------------------------------|---------|------------------------------------------------------|
-    | `rows`          | every input, B                    | 4,096   | rows x catalogue float32 scores must fit the memory  |
-    | `k`             | `k`, its values                   | 1,000   | also bounded by the artifact's own `k_max`           |
-    | `history`       | `history`, L                      | 4,096   | longer histories cost time and change little         |
-    | `candidates`    | `candidates`, C                   | 100,000 | a whole catalogue                                    |
-    | `exclude`       | `exclude`, E                      | 10,000  | what a page has shown already                        |
-    | `include`       | `include`, E                      | 100,000 | a filtered part of the catalogue                     |
-    | `id_bytes`      | each string, bytes of its UTF-8   | 1,024   | ids are keys, not documents                          |
-    | `total_bytes`   | all inputs together               | 64 MB   | a padded block takes B x L even when nearly empty    |
+    | limit         | input, axis                   | default | why                                              |
+    |---------------|-------------------------------|---------|--------------------------------------------------|
+    | `rows`        | every input, B                | 4,096   | rows x catalogue scores must fit the memory      |
+    | `k`           | `k`, its values               | 1,000   | also bounded by the artifact's own `k_max`       |
+    | `history`     | `history`, L                  | 4,096   | longer histories cost time and change little     |
+    | `candidates`  | `candidates`, C               | 100,000 | a whole catalogue                                |
+    | `exclude`     | `exclude`, E                  | 10,000  | what a page has shown already                    |
+    | `include`     | `include`, E                  | 100,000 | a filtered part of the catalogue                 |
+    | `id_bytes`    | each string, bytes of UTF-8   | 1,024   | ids are keys, not documents                      |
+    | `total_bytes` | all inputs together           | 64 MB   | a padded block takes B x L even when near empty  |
     """
 
     rows: int = 4096

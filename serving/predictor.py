@@ -50,7 +50,7 @@ class Predictor:
             raise ArtifactRefused(f"{artifact_folder} must be a SavedModel; TensorFlow answered: {error}.") from error
         missing = set(manifest.signatures) - set(model.signatures)
         if missing:
-            raise ArtifactRefused(f"{artifact_folder} must have the signatures of its manifest; lacks {sorted(missing)}.")
+            raise ArtifactRefused(f"{artifact_folder} must have its manifest's signatures; it lacks {sorted(missing)}.")
         k_max = min(limits.k, manifest.limits.get("k_max", limits.k))
         return cls(model, manifest, dataclasses.replace(limits, k=k_max))
 

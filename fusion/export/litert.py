@@ -39,7 +39,7 @@ def run(path: str | Path, inputs: Mapping[str, np.ndarray], signature: str | Non
     try:
         outputs = runner(**inputs)
     except (ValueError, RuntimeError) as error:
-        raise GateError(f"{path} must run on its own inputs; LiteRT answered: {' '.join(str(error).split())}.") from error
+        raise GateError(f"{path} must run on its own inputs; {' '.join(str(error).split())}.") from error
     # The interpreter owns the memory of its outputs and dies with this call.
     return {name: np.array(value) for name, value in outputs.items()}
 
@@ -47,7 +47,7 @@ def run(path: str | Path, inputs: Mapping[str, np.ndarray], signature: str | Non
 def _chosen(signature: str | None, signatures: Mapping[str, Any], path: str | Path) -> str:
     if signature is None and len(signatures) == 1:
         return next(iter(signatures))
-    if signature not in signatures:
+    if signature is None or signature not in signatures:
         raise GateError(f"{path} has the signatures {sorted(signatures)}; received '{signature}'. Name one of them.")
     return signature
 

@@ -25,7 +25,7 @@ def compare(
 
     Returns `{"what", "rows", "tolerance", "largest_difference", "where"}`; `where` is like `scores[3, 17]`.
 
-    Raises GateError above the tolerance, or when names, shapes or the kind of dtype differ, or there is nothing to compare.
+    Raises GateError above the tolerance, when names or shapes differ, and when there is nothing to compare.
     """
     if not reference or set(reference) != set(other):
         raise GateError(f"{what}: both must have the same outputs; received {sorted(reference)} and {sorted(other)}.")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fusion.compat import keras, tf
 from fusion.rules.base import MemberWeights, Rule, RuleSettings, given_weights
-from fusion.rules.normalisation import Normalisation, over_candidates, ranks, speaking_rows
+from fusion.rules.normalisation import Normalisation, exponential, over_candidates, ranks, speaking_rows
 from fusion.types import Over
 
 Mean = Literal["arithmetic", "geometric", "rank"]
@@ -74,7 +74,7 @@ class Average(Rule):
             speaks = tf.broadcast_to(speaking_rows(scores, mask), tf.shape(scores))
             return ranks(scores, speaks, ALL_CLASSES)
         log_probabilities = self._log_probabilities(scores, mask)
-        return log_probabilities if self.in_logs else tf.exp(log_probabilities)
+        return log_probabilities if self.in_logs else exponential(log_probabilities)
 
     def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
         """The mean's terms and bias."""

@@ -9,7 +9,6 @@ not matter. Where no member speaks, a candidate gets -inf (sorted last) and a ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -250,7 +249,8 @@ class Rule(keras.layers.Layer):
     def _voiceless(self, voiced: Any, classes: Any) -> Any:
         """The bias `[B, C]` of entries without a voice: -inf for candidates, uniform for classes; else 0."""
         if self.over == "candidates":
-            return tf.where(voiced, 0.0, -math.inf)
+            # log(0), because the LiteRT converter writes a constant -inf as the lowest finite number.
+            return tf.math.log(tf.cast(voiced, tf.float32))
         count = tf.cast(classes, tf.float32)
         return tf.where(voiced, 0.0, -tf.math.log(count) if self.in_logs else 1.0 / count)
 

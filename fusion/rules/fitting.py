@@ -70,7 +70,7 @@ def class_rows(
             f"labels must be class numbers from 0 to {logits.shape[2] - 1}; received {labels.min()} to "
             f"{labels.max()}. Number the classes in the order of the logits."
         )
-    speaks = _speaking(logits, mask).all(axis=2)
+    speaks: np.ndarray = np.asarray(_speaking(logits, mask).all(axis=2))
     kept = speaks.any(axis=1) & (row_weights > 0)
     if not kept.any():
         raise DataError(
@@ -110,11 +110,11 @@ def candidate_lists(
 
 
 def _speaking(scores: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    finite = np.abs(scores) <= LARGEST
+    finite: np.ndarray = np.asarray(np.abs(scores) <= LARGEST)
     if mask is None:
         return finite
     mask = np.asarray(mask, bool)
-    return finite & (mask[:, :, None] if mask.ndim == 2 else mask)
+    return np.logical_and(finite, mask[:, :, None] if mask.ndim == 2 else mask)
 
 
 def class_loss(fused: Any, labels: Any) -> Any:
@@ -141,64 +141,79 @@ def list_wise_loss(fused: Any, voiced: Any, positives: Any, weights: Any) -> Any
     return taught * tf.reduce_logsumexp(logits, axis=1) - tf.reduce_sum(share * fused, axis=1)
 
 
-@dataclass(frozen=True)
-class Minimum:
-    """Where a loss is least: the parameters, the mean loss without its penalty, and the iterations taken."""
-
-    parameters: np.ndarray
-    loss: float
-    iterations: int
-
-
-def minimise(
-    loss: Callable[..., Any],
-    rows: Sequence[np.ndarray],
-    start: np.ndarray,
-    bounds: Sequence[tuple[float | None, float | None]],
-    penalty: Callable[[Any], Any] | None = None,
-) -> Minimum:
-    """Minimises `(sum of loss over the rows + penalty) / N` by L-BFGS-B in float64, with exact gradients.
+class RowLoss:
+    """A loss of parameters over rows: traced once, summed block by block in float64, with its gradient.
 
     Args:
         loss: `loss(parameters [P], *rows of a block) -> [n]`; floats of the rows arrive as float64.
-        rows: arrays with the same leading axis N.
-        start: `[P]`.
-        bounds: `(low, high)` of each parameter.
-        penalty: `penalty(parameters) -> scalar`, counted once whatever N is.
+        rows: arrays with the same leading axis, of which only shapes and dtypes are taken here.
+    """
+
+    def __init__(self, loss: Callable[..., Any], rows: Sequence[np.ndarray]) -> None:
+        def of_block(parameters: Any, *block: Any) -> Any:
+            block = tuple(tf.cast(part, tf.float64) if part.dtype.is_floating else part for part in block)
+            with tf.GradientTape() as tape:
+                tape.watch(parameters)
+                total = tf.reduce_sum(loss(parameters, *block))
+            return total, tape.gradient(total, parameters, unconnected_gradients="zero")
+
+        signature = [tf.TensorSpec([None, *array.shape[1:]], array.dtype) for array in rows]
+        parameters = tf.TensorSpec([None], tf.float64)
+        self._of_block = tf.function(of_block, input_signature=[parameters, *signature], autograph=False)
+        self._block = max(1, BLOCK // max(1, max(array[0].size for array in rows)))
+
+    def mean(self, parameters: np.ndarray, rows: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
+        """The mean loss of the rows and its gradient `[P]`."""
+        value, slope, count = 0.0, np.zeros(len(parameters)), len(rows[0])
+        for at in range(0, count, self._block):
+            block = [array[at : at + self._block] for array in rows]
+            total, gradient = self._of_block(tf.constant(parameters, tf.float64), *block)
+            value += float(total)
+            slope += gradient.numpy()
+        return value / count, slope / count
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a loss is least: all parameters `[P]`, and the iterations taken."""
+
+    parameters: np.ndarray
+    iterations: int
+
+
+Penalty = Callable[[np.ndarray], tuple[float, np.ndarray]]
+"""Of the free parameters `[d]`: the value and its gradient `[d]`."""
+
+
+def minimise(
+    loss: RowLoss,
+    rows: Sequence[np.ndarray],
+    start: np.ndarray,
+    directions: np.ndarray,
+    bounds: Sequence[tuple[float | None, float | None]] | None = None,
+    penalty: Penalty | None = None,
+) -> Minimum:
+    """Minimises `mean loss + penalty / N` over `start + t @ directions` by L-BFGS-B with exact gradients.
+
+    Args:
+        start: `[P]`, where t = 0.
+        directions: `[d, P]`, what may move; rows of the identity free single parameters.
+        bounds: `(low, high)` of each t.
+        penalty: of t; counted once whatever the number of rows is.
     """
     count = len(rows[0])
-    size = max(1, BLOCK // max(1, max(array[0].size for array in rows)))
-    blocks = [tuple(array[at : at + size] for array in rows) for at in range(0, count, size)]
-    signature = [tf.TensorSpec([None, *array.shape[1:]], array.dtype) for array in rows]
 
-    @tf.function(input_signature=[tf.TensorSpec([len(start)], tf.float64), *signature])
-    def block_loss(parameters: Any, *block: Any) -> Any:
-        block = tuple(tf.cast(part, tf.float64) if part.dtype.is_floating else part for part in block)
-        with tf.GradientTape() as tape:
-            tape.watch(parameters)
-            total = tf.reduce_sum(loss(parameters, *block))
-        return total, tape.gradient(total, parameters, unconnected_gradients="zero")
-
-    def penalised(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        theta = tf.constant(parameters, tf.float64)
-        results = [block_loss(theta, *block) for block in blocks]
-        value = sum(float(total) for total, _ in results)
-        gradient = np.sum([slope.numpy() for _, slope in results], axis=0)
-        if penalty is not None:
-            with tf.GradientTape() as tape:
-                tape.watch(theta)
-                added = penalty(theta)
-            value += float(added)
-            gradient = gradient + tape.gradient(added, theta).numpy()
-        return value / count, gradient / count
+    def penalised(steps: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = loss.mean(start + steps @ directions, rows)
+        added, slope = (0.0, 0.0) if penalty is None else penalty(steps)
+        return value + added / count, directions @ gradient + slope / count
 
     best = minimize(
         penalised,
-        np.asarray(start, np.float64),
+        np.zeros(len(directions)),
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
         options={"maxiter": 300, "ftol": 1e-12, "gtol": 1e-8},
     )
-    plain = sum(float(block_loss(tf.constant(best.x, tf.float64), *block)[0]) for block in blocks)
-    return Minimum(best.x, plain / count, int(best.nit))
+    return Minimum(start + best.x @ directions, int(best.nit))

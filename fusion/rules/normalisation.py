@@ -2,7 +2,8 @@
 
 Every function here treats each member alone, so silencing one never changes what the others say. Silence
 travels inside the numbers: a normalised score is NaN where its member does not speak, and `speaking` reads
-that back. Only operations that LiteRT has as builtins are used (no IsFinite, no sort over the full axis).
+that back. NaN is only ever selected, never reckoned with: LiteRT's kernels may turn it into a number (exp
+does). Only operations that LiteRT has as builtins are used (no IsFinite, no sort over the full axis).
 
 Axes: B batch, S submodel, C class or candidate. Scores float32 `[B, S, C]`, `speaks` bool `[B, S, C]`.
 """
@@ -125,6 +126,12 @@ def ranks(scores: Any, speaks: Any, top_n: int) -> Any:
 def log_softmax(scores: Any, speaks: Any, temperature: Any = 1.0) -> Any:
     """Log-softmax of `scores / temperature` over the entries that a member speaks on, NaN elsewhere."""
     return silence(tf.nn.log_softmax(tf.where(speaks, scores / temperature, -LARGEST), axis=2), speaks)
+
+
+def exponential(logarithms: Any) -> Any:
+    """`exp` where a member speaks, NaN elsewhere."""
+    speaks = speaking(logarithms)
+    return silence(tf.exp(tf.where(speaks, logarithms, 0.0)), speaks)
 
 
 def over_candidates(kind: Normalisation, scores: Any, mask: Any, top_n: int, temperature: float) -> Any:

@@ -8,16 +8,23 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 from scipy.special import log_softmax as numpy_log_softmax
+from scipy.special import softmax as numpy_softmax
 
 from fusion.compat import keras, tf
 from fusion.errors import ConfigError
 from fusion.rules.base import MemberWeights, Rule, RuleSettings, given_weights, weighted_mean
-from fusion.rules.fitting import CandidateLists, ClassRows, list_wise_loss, minimise
-from fusion.rules.normalisation import Normalisation, over_candidates
+from fusion.rules.fitting import CandidateLists, ClassRows, RowLoss, list_wise_loss, minimise
+from fusion.rules.normalisation import Normalisation, exponential, over_candidates
 from fusion.types import Over
 
 ITERATIONS = 5000
 """Of the weight update over classes; it stops earlier when no weight moves by 1e-9."""
+
+SCALES = (-7.0, 7.0)
+"""Bounds of the logarithm of the scale of fused candidates; perfect lists would send it to infinity."""
+
+LOGARITHMS = (-10.0, 10.0)
+"""Bounds of the logarithms of weights over candidates, for a shrinkage of 0."""
 
 
 @keras.saving.register_keras_serializable("fusion")
@@ -71,7 +78,7 @@ class Probability(Rule):
     def normalise(self, scores: Any, mask: Any = None) -> Any:
         """Classes: calibrated probabilities; candidates: as the key `normalisation` says."""
         if self.over == "classes":
-            return tf.exp(self._log_probabilities(scores, mask))
+            return exponential(self._log_probabilities(scores, mask))
         config = self.config
         return over_candidates(config.normalisation, scores, mask, config.top_n, config.temperature)
 
@@ -99,24 +106,25 @@ class Probability(Rule):
         members, pull = len(self.members), self.config.shrinkage / len(self.members)
         rows = (lists.features, lists.speaks, lists.positives, lists.weights)
 
-        def loss(parameters: Any, features: Any, speaks: Any, positives: Any, weights: Any) -> Any:
+        def of_rows(parameters: Any, features: Any, speaks: Any, positives: Any, weights: Any) -> Any:
             terms, voiced = weighted_mean(features, speaks, tf.nn.softmax(parameters[:members]))
             fused = tf.exp(parameters[members]) * tf.reduce_sum(terms, axis=1)
             return list_wise_loss(fused, voiced, positives, weights)
 
-        def penalty(parameters: Any) -> Any:
-            return -pull * tf.reduce_sum(tf.nn.log_softmax(parameters[:members]))
+        def penalty(steps: np.ndarray) -> tuple[float, np.ndarray]:
+            logs = numpy_log_softmax(steps[:members])
+            return -pull * logs.sum(), np.append(pull * (members * np.exp(logs) - 1.0), 0.0)
 
-        scale_bounds, equal = (-7.0, 7.0), [(0.0, 0.0)] * members
-        before = minimise(loss, rows, np.zeros(members + 1), [*equal, scale_bounds])
-        free = [(-10.0, 10.0)] * members
-        after = minimise(loss, rows, before.parameters, [*free, scale_bounds], penalty)
-        exponentials = np.exp(after.parameters[:members])
-        self._numbers["weights"].assign(exponentials / exponentials.sum())
+        loss, every = RowLoss(of_rows, rows), np.eye(members + 1)
+        equal = minimise(loss, rows, np.zeros(members + 1), every[members:], [SCALES])
+        fitted = minimise(
+            loss, rows, equal.parameters, every, [*[LOGARITHMS] * members, (None, None)], penalty
+        )
+        self._numbers["weights"].assign(numpy_softmax(fitted.parameters[:members]))
         return {
-            "loss_before": before.loss,
-            "loss_after": after.loss,
-            "iterations": after.iterations,
+            "loss_before": loss.mean(equal.parameters, rows)[0],
+            "loss_after": loss.mean(fitted.parameters, rows)[0],
+            "iterations": equal.iterations + fitted.iterations,
             "weights": self._by_member(self._numbers["weights"].numpy()),
         }
 

@@ -10,14 +10,17 @@ from pydantic import Field, field_validator
 
 from fusion.compat import keras, tf
 from fusion.rules.base import Rule, RuleSettings
-from fusion.rules.fitting import CandidateLists, ClassRows, Minimum, class_loss, list_wise_loss, minimise
+from fusion.rules.fitting import CandidateLists, ClassRows, RowLoss, class_loss, list_wise_loss, minimise
 from fusion.rules.normalisation import over_candidates, speaking
 from fusion.types import Over, derive_seed
 
 Feature = Literal["standardise", "rank"]
 
-LEVELS = (-5.0, 5.0)
-"""Bounds of the logarithm of the common level that equal weights are given before they are told apart."""
+LEVELS = (0.01, 100.0)
+"""Bounds of the common level that equal weights are given before they are told apart."""
+
+NUMBERS = ("weights", "bias", "influence", "compensation")
+"""What a fit finds, in the order of its vector of parameters."""
 
 
 @keras.saving.register_keras_serializable("fusion")
@@ -130,7 +133,7 @@ class Stacker(Rule):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """As `Rule.load_state`; the number of classes is taken from the state."""
-        if self.over == "classes" and np.ndim(state.get("bias")) == 1:
+        if self.over == "classes" and "bias" in state and np.ndim(state["bias"]) == 1:
             self._number_classes(len(state["bias"]))
         super().load_state(state)
 
@@ -142,65 +145,72 @@ class Stacker(Rule):
         self._fit_temperatures(rows)
         calibrated = self._log_probabilities(tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
 
-        def loss(
-            weights: Any, bias: Any, factors: Any, features: Any, speaks: Any, labels: Any, counts: Any
-        ) -> Any:
-            terms, _ = stack(features, speaks[:, :, tf.newaxis], weights, *factors)
+        def of_rows(parameters: Any, features: Any, speaks: Any, labels: Any, counts: Any) -> Any:
+            weights, bias, influence, compensation = self._unpack(parameters, classes)
+            terms, _ = stack(features, speaks[:, :, tf.newaxis], weights, influence, compensation)
             return counts * class_loss(tf.reduce_sum(terms, axis=1) + bias, labels)
 
-        dropped = self._drop_members(rows.speaks, seed)
-        return self._regress(loss, (calibrated, dropped, rows.labels, rows.weights), classes)
+        rows_as_given = (calibrated, rows.speaks, rows.labels, rows.weights)
+        dropped = (calibrated, self._drop_members(rows.speaks, seed), rows.labels, rows.weights)
+        return self._regress(RowLoss(of_rows, dropped), rows_as_given, dropped, classes)
 
     def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
-        def loss(
-            weights: Any, _: Any, factors: Any, features: Any, speaks: Any, positives: Any, counts: Any
-        ) -> Any:
-            terms, voiced = stack(features, speaks, weights, *factors)
+        def of_rows(parameters: Any, features: Any, speaks: Any, positives: Any, counts: Any) -> Any:
+            weights, _, influence, compensation = self._unpack(parameters, 0)
+            terms, voiced = stack(features, speaks, weights, influence, compensation)
             return list_wise_loss(tf.reduce_sum(terms, axis=1), voiced, positives, counts)
 
-        dropped = lists.speaks & self._drop_members(lists.speaks.any(axis=2), seed)[:, :, None]
-        return self._regress(loss, (lists.features, dropped, lists.positives, lists.weights), 0)
+        kept = lists.speaks & self._drop_members(np.any(lists.speaks, axis=2), seed)[:, :, None]
+        rows_as_given = (lists.features, lists.speaks, lists.positives, lists.weights)
+        dropped = (lists.features, kept, lists.positives, lists.weights)
+        return self._regress(RowLoss(of_rows, dropped), rows_as_given, dropped, 0)
 
-    def _regress(self, loss: Any, rows: Sequence[np.ndarray], classes: int) -> dict[str, Any]:
+    def _regress(
+        self, loss: RowLoss, rows: Sequence[np.ndarray], dropped: Sequence[np.ndarray], classes: int
+    ) -> dict[str, Any]:
         """Finds the level of equal weights, the weights around it, then the compensation; keeps them.
 
         The first two steps leave silent members at 0, which makes the loss convex. The compensation is a step
         of its own because influence has a cusp at 0 that no weight would cross on the way to its sign.
+
+        Args:
+            rows: what the report's losses are of; dropped: the same with members silenced, to learn from.
         """
         equal = self._equal_weights(classes if self.config.per_class else 1)
-        none, strength = np.zeros(classes), self.config.shrinkage / 2.0
-        plain = (np.ones(len(self.members)), 0.0)
+        influence, last = np.full(len(self.members), 1.0 / len(self.members)), equal.size + classes
+        start = np.concatenate([np.zeros(last), influence, [0.0]])
+        every, strength = np.eye(len(start)), self.config.shrinkage / 2.0
 
-        def of_level(parameters: Any, *block: Any) -> Any:
-            return loss(tf.exp(parameters[0]) * equal, none, plain, *block)
+        def penalty(steps: np.ndarray) -> tuple[float, np.ndarray]:
+            return strength * float(steps @ steps), 2.0 * strength * steps
 
-        level = minimise(of_level, rows, np.zeros(1), [LEVELS])
-        target = np.concatenate([np.exp(level.parameters[0]) * equal.ravel(), none])
+        towards_equal = np.concatenate([equal.ravel(), np.zeros(len(start) - equal.size)])
+        level = minimise(loss, dropped, start, towards_equal[None, :], [LEVELS])
+        fitted = minimise(loss, dropped, level.parameters, every[:last], penalty=penalty)
+        parameters = fitted.parameters.copy()
+        weights = parameters[: equal.size].reshape(equal.shape)
+        parameters[last:] = [*_spread_of_terms(rows[0], rows[1], weights), 1.0]
+        final = minimise(loss, dropped, parameters, every[-1:], [(-1.0, 0.0)], penalty)
 
-        def of_weights(parameters: Any, *block: Any) -> Any:
-            weights = tf.reshape(parameters[: equal.size], equal.shape)
-            return loss(weights, parameters[equal.size :], plain, *block)
+        learned = self._unpack(final.parameters.astype(np.float32), classes)
+        for name, value in zip(NUMBERS, learned, strict=True):
+            if name in self._numbers:
+                self._numbers[name].assign(value)
+        level.parameters[-1] = 1.0
+        return {
+            "loss_before": loss.mean(level.parameters, rows)[0],
+            "loss_after": loss.mean(final.parameters, rows)[0],
+            "iterations": level.iterations + fitted.iterations + final.iterations,
+            **self._coefficients(),
+        }
 
-        free = [(None, None)] * len(target)
-        fitted = minimise(
-            of_weights, rows, target, free, lambda p: strength * tf.reduce_sum((p - target) ** 2)
-        )
-        weights = fitted.parameters[: equal.size].reshape(equal.shape)
-        bias = fitted.parameters[equal.size :]
-        influence = _spread_of_terms(rows[0], rows[1], weights)
-
-        def of_compensation(parameters: Any, *block: Any) -> Any:
-            return loss(tf.constant(weights), bias, (influence, parameters[0]), *block)
-
-        last = minimise(
-            of_compensation, rows, np.ones(1), [(0.0, 1.0)], lambda p: strength * (p[0] - 1.0) ** 2
-        )
-        self._numbers["weights"].assign(weights)
-        self._numbers["influence"].assign(influence)
-        self._numbers["compensation"].assign(last.parameters[0])
-        if classes:
-            self._numbers["bias"].assign(bias)
-        return self._report(level, fitted, last)
+    def _unpack(self, parameters: Any, classes: int) -> tuple[Any, Any, Any, Any]:
+        """One vector as `NUMBERS`: `[F, S, 1 or C]`, `[C]` (nothing over candidates), `[S]` and a scalar."""
+        wide, members = classes if self.config.per_class and classes else 1, len(self.members)
+        shape = (self.features_per_member, members, wide)
+        size = int(np.prod(shape))
+        weights, rest = tf.reshape(parameters[:size], shape), parameters[size:]
+        return weights, rest[:classes], rest[classes : classes + members], rest[classes + members]
 
     def _drop_members(self, spoken: np.ndarray, seed: int) -> np.ndarray:
         """`spoken` `[N, S]` with members silenced at random, but never all of a row."""
@@ -213,18 +223,16 @@ class Stacker(Rule):
         kept = spoken & (np.stack(draws, axis=1) >= chance)
         return np.where(kept.any(axis=1, keepdims=True), kept, spoken)
 
-    def _report(self, level: Minimum, fitted: Minimum, last: Minimum) -> dict[str, Any]:
+    def _coefficients(self) -> dict[str, Any]:
+        """What was learned, for the report: influence as `weights`, and the coefficients with their signs."""
         coefficients = self._numbers["weights"].numpy().mean(axis=2)
         return {
-            "loss_before": level.loss,
-            "loss_after": last.loss,
-            "iterations": level.iterations + fitted.iterations + last.iterations,
             "weights": self._by_member(self._numbers["influence"].numpy()),
             "coefficients": {
                 feature: self._by_member(values)
                 for feature, values in zip(self._features, coefficients, strict=True)
             },
-            "compensation": float(last.parameters[0]),
+            "compensation": float(self._numbers["compensation"].numpy()),
         }
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import pydantic
 
-from fusion.compat import keras
+from fusion.compat import keras, tf
 from fusion.config import Settings, content_hash
 from fusion.errors import ConfigError, DataError
 from fusion.types import Features
@@ -39,21 +39,21 @@ class Submodel(abc.ABC):
         self.config = config
         self.seed = seed
         self._encoder: keras.Model | None = None
+        self._inference: tuple[keras.Model, Any] | None = None
 
     def adapt(self, values: Sequence[Any]) -> None:  # noqa: B027  (most encoders have nothing to fit)
         """Fits what has to be fitted before training, such as a vocabulary, on **training** values only."""
 
     @abc.abstractmethod
-    def prepare(self, values: Sequence[Any]) -> Features:
-        """Raw values (texts, or images as uint8 `[N, H, W, 3]`) as the named inputs of `encoder()`."""
+    def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
+        """Raw values (texts, or images as uint8 `[N, H, W, 3]`) as the named inputs of `encoder()`.
+
+        With `fixed_length` shapes do not depend on the values, as graphs of a fixed shape need it.
+        """
 
     @abc.abstractmethod
     def _build(self) -> keras.Model:
         """A flat functional model with its weights loaded, inputs named as in `prepare`, output `[B, D]`."""
-
-    @abc.abstractmethod
-    def _blocks(self) -> list[list[keras.layers.Layer]]:
-        """The layers with weights of the built encoder, in blocks from the input to the output."""
 
     def encoder(self) -> keras.Model:
         """The encoder: named inputs -> `[B, D]` float32 from a layer called `embedding`. Built once and kept.
@@ -65,35 +65,30 @@ class Submodel(abc.ABC):
             self.unfreeze()
         return self._encoder
 
+    def encode(self, features: Features) -> np.ndarray:
+        """Embeddings float32 `[N, D]` of prepared features, with the weights as they are now, in inference mode.
+
+        The graph is traced once for all batch sizes and lengths; all N are computed at once
+        (`fusion.embeddings.embed` cuts into batches).
+        """
+        if self._inference is None or self._inference[0] is not self.encoder():
+            self._inference = self.encoder(), _trace(self.encoder())
+        embeddings: np.ndarray = self._inference[1](**features).numpy()
+        return embeddings
+
     @property
     def dimensions(self) -> int:
         """D, the length of an embedding."""
         return int(self.encoder().output_shape[-1])
 
     @property
+    @abc.abstractmethod
     def frozen(self) -> bool:
         """True when no weight of the encoder is trained, so that embeddings can be made once and kept."""
-        return bool(self.config.fine_tune == 0)
 
+    @abc.abstractmethod
     def unfreeze(self) -> list[keras.layers.Layer]:
-        """Makes exactly the layers trainable that `fine_tune` names, freezes all others, and returns the former.
-
-        A frozen BatchNormalization uses its moving statistics and leaves them as they are, in training too.
-        Raises ConfigError when more blocks are asked for than the encoder has.
-        """
-        encoder, blocks = self.encoder(), self._blocks()
-        count = len(blocks) if self.config.fine_tune == "all" else int(self.config.fine_tune)
-        if count > len(blocks):
-            raise ConfigError(
-                f"fine_tune must be 'all' or at most the number of blocks, {len(blocks)}; received {count}. "
-                "Write fine_tune: all to train every block."
-            )
-        chosen = [layer for block in blocks[len(blocks) - count :] for layer in block]
-        for layer in encoder.layers:
-            layer.trainable = False
-        for layer in chosen:
-            layer.trainable = True
-        return chosen
+        """Makes exactly the layers trainable that the settings name, freezes all others, and returns the former."""
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that an embedding depends on: settings, weights as they are now, fitted state."""
@@ -120,6 +115,48 @@ class Submodel(abc.ABC):
                 f"{type(self).__name__} has no fitted state; received {', '.join(sorted(state))}. "
                 "The state belongs to another kind of submodel: train this member again."
             )
+
+
+class Pretrained(Submodel):
+    """A submodel that starts from pretrained weights; its `Config` has `fine_tune: FineTune`."""
+
+    @abc.abstractmethod
+    def _blocks(self) -> list[list[keras.layers.Layer]]:
+        """The layers with weights of the built encoder, in blocks from the input to the output."""
+
+    @property
+    def frozen(self) -> bool:
+        """True when no weight of the encoder is trained, so that embeddings can be made once and kept."""
+        return bool(self.config.fine_tune == 0)
+
+    def unfreeze(self) -> list[keras.layers.Layer]:
+        """Makes exactly the layers trainable that `fine_tune` names, freezes all others, and returns the former.
+
+        A frozen BatchNormalization uses its moving statistics and leaves them as they are, in training too.
+        Raises ConfigError when more blocks are asked for than the encoder has.
+        """
+        encoder, blocks = self.encoder(), self._blocks()
+        count = len(blocks) if self.config.fine_tune == "all" else int(self.config.fine_tune)
+        if count > len(blocks):
+            raise ConfigError(
+                f"fine_tune must be 'all' or at most the number of blocks, {len(blocks)}; received {count}. "
+                "Write fine_tune: all to train every block."
+            )
+        chosen = [layer for block in blocks[len(blocks) - count :] for layer in block]
+        for layer in encoder.layers:
+            layer.trainable = False
+        for layer in chosen:
+            layer.trainable = True
+        return chosen
+
+
+def _trace(encoder: keras.Model) -> Any:
+    """The encoder in inference mode as a concrete function of named features of any batch size."""
+    signature = {
+        tensor.name: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name) for tensor in encoder.inputs
+    }
+    infer = tf.function(lambda **features: encoder(features, training=False))
+    return infer.get_concrete_function(**signature)
 
 
 def _update(digest: Any, name: str, array: np.ndarray) -> None:

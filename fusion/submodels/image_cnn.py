@@ -46,7 +46,7 @@ class ImageCnn(Submodel):
         """False: there are no pretrained weights, so all are trained."""
         return False
 
-    def prepare(self, values: Sequence[Any]) -> Features:
+    def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
         """Images uint8 `[N, image_size, image_size, 3]` -> `{"image": the same}`; scaling is in the encoder."""
         return {"image": check_images(values, self.config.image_size)}
 

@@ -19,7 +19,7 @@ import pydantic
 from fusion.compat import keras
 from fusion.config import Settings
 from fusion.errors import GateError
-from fusion.submodels.base import FineTune, Submodel, check_images
+from fusion.submodels.base import FineTune, Pretrained, check_images
 from fusion.submodels.torch_weights import read_tensors
 from fusion.submodels.wheels import wheel_path
 from fusion.types import Features, derive_seed
@@ -45,7 +45,7 @@ FEATURES = 1280
 CLASSES = 1000
 
 
-class ImageEfficientNet(Submodel):
+class ImageEfficientNet(Pretrained):
     """EfficientNet-Lite0, frozen or fine-tuned; 18 blocks: the stem, 16 inverted residuals, the last convolution.
 
     Its pretrained BatchNormalization layers are never trained, also when their block is: with the few images of a
@@ -53,7 +53,7 @@ class ImageEfficientNet(Submodel):
     """
 
     modality: ClassVar[Literal["text", "image"]] = "image"
-    not_in_fingerprint = Submodel.not_in_fingerprint | {"weights"}
+    not_in_fingerprint = Pretrained.not_in_fingerprint | {"weights"}
 
     class Config(Settings):
         """Settings of EfficientNet-Lite0."""
@@ -71,7 +71,7 @@ class ImageEfficientNet(Submodel):
                 raise ValueError("weights: none must be trained, so it needs fine_tune: all")
             return self
 
-    def prepare(self, values: Sequence[Any]) -> Features:
+    def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
         """Images uint8 `[N, image_size, image_size, 3]` -> `{"image": the same}`; scaling is in the encoder."""
         return {"image": check_images(values, self.config.image_size)}
 

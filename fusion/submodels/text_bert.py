@@ -23,7 +23,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from fusion.compat import keras, tf
 from fusion.config import Settings, expand_path
 from fusion.errors import DataError
-from fusion.submodels.base import FineTune, Submodel, check_texts
+from fusion.submodels.base import FineTune, Pretrained, check_texts
 from fusion.submodels.wheels import check_sha256, wheel_path
 from fusion.types import Features, derive_seed
 
@@ -46,11 +46,11 @@ CHARACTERS_PER_TOKEN = 1000
 """A text is cut to this many characters for each token kept, so that a text of megabytes costs nothing."""
 
 
-class TextBert(Submodel):
+class TextBert(Pretrained):
     """A BERT encoder, frozen or fine-tuned; its blocks are the embeddings and then each transformer layer."""
 
     modality: ClassVar[Literal["text", "image"]] = "text"
-    not_in_fingerprint = Submodel.not_in_fingerprint | {"init_from"}
+    not_in_fingerprint = Pretrained.not_in_fingerprint | {"init_from"}
 
     class Config(Settings):
         """Settings of the BERT encoder."""
@@ -64,7 +64,7 @@ class TextBert(Submodel):
         normalise: bool = True
         """Whether embeddings are scaled to unit length."""
         fine_tune: FineTune = 0
-        """What is trained: 0 nothing (embeddings are computed once), n the last n transformer layers, all everything."""
+        """What is trained: 0 nothing (embeddings are computed once), n the last n layers, all everything."""
         dropout: float = pydantic.Field(0.1, ge=0, lt=1)
         """Share of the outputs of embeddings and sublayers dropped in training; used only with fine-tuning."""
 
@@ -180,7 +180,7 @@ def read_shape(folder: Path) -> BertShape:
 
 
 @keras.utils.register_keras_serializable("fusion")
-class AddPositions(layers.Layer):
+class AddPositions(keras.layers.Layer):
     """Adds a learned vector for each position: `[B, L, H]` -> `[B, L, H]`, L at most `positions`."""
 
     def __init__(self, positions: int, **kwargs: Any) -> None:
@@ -199,7 +199,7 @@ class AddPositions(layers.Layer):
 
 
 @keras.utils.register_keras_serializable("fusion")
-class ScaledDotProductAttention(layers.Layer):
+class ScaledDotProductAttention(keras.layers.Layer):
     """softmax(q kᵀ / √d) v in `heads` heads; has no weights.
 
     Inputs are q, k, v `[B, L, H]` and the mask `[B, L]` with 1 for tokens and 0 for padding; output `[B, L, H]`.
@@ -226,7 +226,7 @@ class ScaledDotProductAttention(layers.Layer):
 
 
 @keras.utils.register_keras_serializable("fusion")
-class MaskedMean(layers.Layer):
+class MaskedMean(keras.layers.Layer):
     """The mean over tokens that are not padding: `[B, L, H]` and mask `[B, L]` -> `[B, H]`."""
 
     def call(self, inputs: Any) -> Any:
@@ -236,7 +236,7 @@ class MaskedMean(layers.Layer):
 
 
 @keras.utils.register_keras_serializable("fusion")
-class FirstToken(layers.Layer):
+class FirstToken(keras.layers.Layer):
     """The vector of the first token, [CLS]: `[B, L, H]` -> `[B, H]`."""
 
     def call(self, inputs: Any) -> Any:
@@ -348,7 +348,7 @@ def _read_safetensors(path: Path, needed: dict[str, tuple[int, ...]]) -> dict[st
         )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            stored = {_plain_name(name): name for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            stored = {_plain_name(name): name for name in file.keys()}
             missing = sorted(set(needed) - set(stored))
             if missing:
                 raise DataError(

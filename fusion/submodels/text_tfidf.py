@@ -68,9 +68,12 @@ class TextTfidf(Submodel):
         self._vectorizer, self._components = vectorizer, svd.fit(vectors).components_.astype(np.float32)
         self._encoder = None
 
-    def prepare(self, values: Sequence[str]) -> Features:
+    def prepare(self, values: Sequence[str], fixed_length: bool = False) -> Features:
         """Texts -> `{"tfidf": float32 [N, V]}`, dense; rows of texts without a known word are zero."""
-        return {"tfidf": self._fitted()[0].transform(check_texts(values)).toarray().astype(np.float32)}
+        vectorizer, components = self._fitted()
+        if len(values) == 0:  # which scikit-learn refuses
+            return {"tfidf": np.zeros((0, components.shape[1]), np.float32)}
+        return {"tfidf": vectorizer.transform(check_texts(values)).toarray().astype(np.float32)}
 
     def unfreeze(self) -> list[keras.layers.Layer]:
         """Freezes the projection; nothing is trained."""
@@ -87,23 +90,18 @@ class TextTfidf(Submodel):
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Takes back what `state` gave. Raises DataError when arrays are missing or do not fit each other."""
-        vocabulary, components = state.get("vocabulary"), state.get("components")
-        words = len(vocabulary) if vocabulary is not None else 0
-        fits = (
-            set(state) == set(STATE)
-            and np.shape(state["idf"]) == (words,)
-            and np.ndim(components) == 2
-            and np.shape(components)[1] == words
-        )
-        if not fits:
-            received = ", ".join(f"{name} {list(np.shape(array))}" for name, array in state.items()) or "nothing"
+        shapes = {name: np.shape(array) for name, array in state.items()}
+        words = shapes.get("vocabulary", ())
+        fits = shapes.get("idf") == words and len(words) == 1 and shapes.get("components", ())[1:] == words
+        if not fits or len(state) != len(STATE):
+            received = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"
             raise DataError(
                 f"the state of a TF-IDF encoder must be {', '.join(STATE)} over the same words; received {received}. "
                 "Train the member again."
             )
         vectorizer = self._new_vectorizer({str(word): number for number, word in enumerate(state["vocabulary"])})
         vectorizer.idf_ = np.asarray(state["idf"], np.float64)
-        self._vectorizer, self._components = vectorizer, np.asarray(components, np.float32)
+        self._vectorizer, self._components = vectorizer, np.asarray(state["components"], np.float32)
         self._encoder = None
 
     def _build(self) -> keras.Model:
@@ -113,9 +111,6 @@ class TextTfidf(Submodel):
         encoder = keras.Model(tfidf, layers.UnitNormalization(name="embedding")(projection(tfidf)), name="text_tfidf")
         projection.set_weights([components.T])
         return encoder
-
-    def _blocks(self) -> list[list[keras.layers.Layer]]:
-        return []
 
     def _new_vectorizer(self, vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
         return TfidfVectorizer(

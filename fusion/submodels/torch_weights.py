@@ -25,7 +25,7 @@ PROTOCOL_VERSION = 1001
 MAX_FILE_BYTES = 512 * 2**20
 MAX_TENSORS = 20_000
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),

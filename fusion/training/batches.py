@@ -6,9 +6,10 @@ integers, which a checkpoint can hold.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,10 +22,13 @@ from fusion.errors import DataError
 from fusion.types import Features
 
 _AHEAD = 2
-"""Blocks gathered ahead per worker."""
+"""Tasks gathered ahead per worker."""
 
-_BLOCK_BYTES = 16 << 20
-"""A block of several batches is not made larger than this."""
+_TASK_BYTES = 16 << 20
+"""Several batches are gathered as one task only up to this size."""
+
+_SAMPLES = 16
+"""Rows looked at to learn which axes vary."""
 
 
 class Rows(NamedTuple):
@@ -32,8 +36,8 @@ class Rows(NamedTuple):
 
     Attributes:
         n: number of rows.
-        gather: takes row numbers int64 [b] and returns named arrays with the leading axis b. It is called from worker
-            threads, and in their order when there is one worker.
+        gather: takes row numbers int64 [b] and returns named arrays with the leading axis b; once per batch, from
+            worker threads. Other axes may differ from batch to batch, as when texts are padded to the longest.
     """
 
     n: int
@@ -93,15 +97,13 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive batches of one size.
+    """Consecutive batches of one shape.
 
     Attributes:
-        start: position of the first batch in the epoch.
         inputs: named tensors [steps, batch, ...].
         weights: float32 [steps, batch], 1 / rows of the batch, and 0 for rows that only fill it up.
     """
 
-    start: int
     inputs: dict[str, tf.Tensor]
     weights: tf.Tensor
 
@@ -111,19 +113,17 @@ class Block:
 
 
 class Feed:
-    """The batches of one epoch from a position on, gathered by threads while the model trains.
+    """The batches of one epoch from `start` to `stop`, gathered by threads while the model trains.
 
-    Use it as a context manager; `next_block` returns None when the epoch, or the stretch up to `stop`, is over.
+    Use it as a context manager; `next_blocks` returns an empty list when all are handed out.
     """
 
-    def __init__(
-        self, rows: Rows, plan: BatchPlan, order: np.ndarray, start: int, stop: int, workers: int
-    ) -> None:
+    def __init__(self, rows: Rows, plan: BatchPlan, order: np.ndarray, start: int, stop: int, workers: int) -> None:
         self._rows, self._plan, self._order = rows, plan, order
         self._next, self._stop = start, stop
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed")
         self._ahead = _AHEAD * workers
-        self._pending: deque[Future[Block]] = deque()
+        self._pending: deque[Future[list[Block]]] = deque()
 
     def __enter__(self) -> Feed:
         return self
@@ -133,39 +133,70 @@ class Feed:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def next_block(self, steps: int) -> Block | None:
-        """The next batches; `steps` is how many of them the blocks begun now should hold."""
+    def next_blocks(self, steps: int) -> list[Block]:
+        """The next batches, in blocks of one shape; `steps` is how many batches the tasks begun now should take."""
         while len(self._pending) < self._ahead and self._next < self._stop:
-            count = self._count(steps)
-            self._pending.append(self._pool.submit(self._block, self._next, count))
-            self._next += count
-        return self._pending.popleft().result() if self._pending else None
+            until = min(self._next + steps, self._stop)
+            self._pending.append(self._pool.submit(self._blocks, range(self._next, until)))
+            self._next = until
+        return self._pending.popleft().result() if self._pending else []
 
-    def _count(self, steps: int) -> int:
-        if self._next >= self._plan.full:
-            return 1  # the shorter last batch has a shape of its own
-        return min(steps, self._plan.full - self._next, self._stop - self._next)
+    def _blocks(self, positions: range) -> list[Block]:
+        # Gathered batch by batch, not as one: what a batch holds, down to its padding, must not depend on how many
+        # steps a call happens to take.
+        batches = [self._batch(position) for position in positions]
+        with tf.device("/CPU:0"):  # each replica fetches its own slice
+            return [_stack(list(alike)) for _, alike in itertools.groupby(batches, _shapes)]
 
-    def _block(self, start: int, count: int) -> Block:
-        size = self._plan.batch_size
-        numbers = self._order[start * size : (start + count) * size]
-        real = min(size, len(numbers))
+    def _batch(self, position: int) -> tuple[Features, np.ndarray]:
+        size, replicas = self._plan.batch_size, self._plan.replicas
+        numbers = self._order[position * size : (position + 1) * size]
         # A short batch is filled up to a multiple of the replicas with repeated rows of weight 0, because
         # every replica must get as many rows. They do enter the statistics of BatchNormalization.
-        filled = math.ceil(real / self._plan.replicas) * self._plan.replicas
-        numbers = np.resize(numbers, count * filled) if filled != real else numbers
-        weights = np.zeros((count, filled), np.float32)
-        weights[:, :real] = 1.0 / real
-        with tf.device("/CPU:0"):  # each replica fetches its own slice
-            inputs = {
-                name: tf.convert_to_tensor(np.reshape(array, (count, filled, *array.shape[1:])))
-                for name, array in self._rows.gather(numbers).items()
-            }
-            return Block(start, inputs, tf.convert_to_tensor(weights))
+        filled = math.ceil(len(numbers) / replicas) * replicas
+        weights = np.zeros(filled, np.float32)
+        weights[: len(numbers)] = 1.0 / len(numbers)
+        return self._rows.gather(np.resize(numbers, filled)), weights
 
 
-def most_steps_per_block(rows: Rows, batch_size: int, limit: int) -> int:
-    """How many batches a block may hold so that it stays small, from the size of one row."""
-    row = rows.gather(np.zeros(1, np.int64))
-    row_bytes = sum(array.nbytes for array in row.values())
-    return int(np.clip(_BLOCK_BYTES // max(1, row_bytes * batch_size), 1, limit))
+def _shapes(batch: tuple[Features, np.ndarray]) -> list[tuple[int, ...]]:
+    features, weights = batch
+    return [weights.shape, *(features[name].shape for name in features)]
+
+
+def _stack(batches: list[tuple[Features, np.ndarray]]) -> Block:
+    return Block(
+        {name: tf.convert_to_tensor(np.stack([features[name] for features, _ in batches])) for name in batches[0][0]},
+        tf.convert_to_tensor(np.stack([weights for _, weights in batches])),
+    )
+
+
+@dataclass(frozen=True)
+class RowShapes:
+    """What a few rows tell about all of them.
+
+    Attributes:
+        shapes: by name, the shape of a row; None where it varies.
+        bytes: the most that a row takes.
+    """
+
+    shapes: dict[str, tuple[int | None, ...]]
+    bytes: int
+
+    @classmethod
+    def of(cls, rows: Rows) -> RowShapes:
+        """Looks at rows evenly spread over the data."""
+        samples = [rows.gather(np.array([number])) for number in np.linspace(0, rows.n - 1, _SAMPLES).astype(np.int64)]
+        shapes = {name: array.shape[1:] for name, array in samples[0].items()}
+        for sample in samples[1:]:
+            shapes = {name: common_shape(shapes[name], array.shape[1:]) for name, array in sample.items()}
+        return cls(shapes, max(sum(array.nbytes for array in sample.values()) for sample in samples))
+
+    def most_steps(self, batch_size: int, limit: int) -> int:
+        """How many batches may be gathered as one task without holding too much memory."""
+        return int(np.clip(_TASK_BYTES // max(1, self.bytes * batch_size), 1, limit))
+
+
+def common_shape(a: Sequence[int | None], b: Sequence[int | None]) -> tuple[int | None, ...]:
+    """The shape that both have, with None where they differ."""
+    return tuple(left if left == right else None for left, right in zip(a, b, strict=True))

@@ -8,6 +8,7 @@ a process that is killed at any moment leaves the earlier one usable.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -78,9 +79,23 @@ class _StateHolder(tf.train.experimental.PythonState):
 
 def changing_variables(model: keras.Model) -> list[tf.Variable]:
     """The variables that training can change: those of frozen layers are left out, moving statistics are in."""
+    frozen = _frozen_ids(model)
+    return [variable for variable in model.variables if id(variable) not in frozen]
+
+
+def frozen_digest(model: keras.Model) -> str:
+    """A hash (hex) of the weights that training cannot change."""
+    frozen = _frozen_ids(model)
+    digest = hashlib.blake2b(digest_size=16)
+    for variable in model.variables:
+        if id(variable) in frozen:
+            digest.update(variable.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _frozen_ids(model: keras.Model) -> set[int]:
     layers = [part for part in model.submodules if isinstance(part, keras.layers.Layer)]
-    frozen = {id(v) for layer in layers if not layer.trainable for v in layer.variables}
-    return [v for v in model.variables if id(v) not in frozen]
+    return {id(variable) for layer in layers if not layer.trainable for variable in layer.variables}
 
 
 def random_generators(model: keras.Model) -> list[tf.random.Generator]:

@@ -25,13 +25,13 @@ class ScheduleSettings(Settings):
 
     kind: Kind = "constant"
     """The shape after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly from nothing to its full value."""
-    decay_rate: float = Field(0.5, gt=0, le=1)
+    decay_rate: float = Field(default=0.5, gt=0, le=1)
     """Factor by which the rate falls every `decay_epochs` (exponential, step)."""
-    decay_epochs: float = Field(1.0, gt=0)
+    decay_epochs: float = Field(default=1.0, gt=0)
     """Epochs over which the rate falls by one factor `decay_rate` (exponential, step)."""
-    final_fraction: float = Field(0.0, ge=0, le=1)
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the full rate that is left at the last step (cosine)."""
 
     @pydantic.model_validator(mode="after")
@@ -40,8 +40,7 @@ class ScheduleSettings(Settings):
             # Defaults pass, so that a resolved config, which spells out every key, can be read again.
             if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"the key {key} must go with a schedule of kind {' or '.join(kinds)}; "
-                    f"received kind {self.kind}"
+                    f"the key {key} must go with a schedule of kind {' or '.join(kinds)}; received kind {self.kind}"
                 )
         return self
 

@@ -6,7 +6,7 @@ once over the data. Fusing members is not done here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,11 +40,11 @@ class Examples:
     """Labelled rows of one part of the data.
 
     Attributes:
-        values: what the submodel reads, N raw values (texts, or an image array [N, H, W, 3]).
+        values: what the submodel reads: N texts, or images uint8 [N, H, W, 3].
         labels: class numbers, int [N].
     """
 
-    values: Sequence[Any] | np.ndarray
+    values: Any
     labels: np.ndarray
 
     def check(self, classes: int, part: str) -> None:
@@ -60,6 +60,14 @@ class Examples:
                 f"labels must be class numbers from 0 to {classes - 1}; the {part} part holds {labels.min()} to "
                 f"{labels.max()}."
             )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Examples whose values are named model inputs."""
+
+    features: Features
+    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class TrainedClassifier:
 def train_classifier(
     submodel: Submodel,
     train: Examples,
-    validation: Examples,
+    validation: Examples | None,
     classes: int,
     head_settings: HeadSettings,
     settings: ClassifierTraining,
@@ -88,48 +96,25 @@ def train_classifier(
 ) -> TrainedClassifier:
     """Fits head and, unless it is frozen, encoder of `submodel` with softmax cross-entropy.
 
-    Embeddings of a frozen encoder are kept under `cache_dir`. Raises DataError for labels that do not fit.
+    Without `validation` all epochs are done and the last one is kept. Embeddings of a frozen encoder are kept
+    under `cache_dir`. Raises DataError for labels that do not fit.
     """
-    train.check(classes, "training")
-    validation.check(classes, "validation")
-    train_part = _train_head if submodel.frozen else _train_whole
-    return train_part(submodel, train, validation, classes, head_settings, settings, options, cache_dir)
 
 
-def _train_head(
-    submodel: Submodel,
-    train: Examples,
-    validation: Examples,
-    classes: int,
-    head_settings: HeadSettings,
-    settings: ClassifierTraining,
-    options: RunOptions,
-    cache_dir: Path,
-) -> TrainedClassifier:
-    features = _embeddings(submodel, train, cache_dir, options)
-    held = _embeddings(submodel, validation, cache_dir, options)
-    with _scope(options):
-        top = head(features["embedding"].shape[1], classes, head_settings, derive_seed(options.seed, "head"))
-    history = _fit_logits(top, None, features, train.labels, held, validation.labels, settings, options)
-    return TrainedClassifier(classifier(submodel.encoder(), top), history)
+    def prepared(part: Examples, name: str) -> _Prepared:
+        part.check(classes, name)
+        frozen = submodel.frozen
+        features = _embeddings(submodel, part, cache_dir, options) if frozen else submodel.prepare(part.values)
+        return _Prepared(features, part.labels)
 
-
-def _train_whole(
-    submodel: Submodel,
-    train: Examples,
-    validation: Examples,
-    classes: int,
-    head_settings: HeadSettings,
-    settings: ClassifierTraining,
-    options: RunOptions,
-    cache_dir: Path,
-) -> TrainedClassifier:
-    features, held = submodel.prepare(train.values), submodel.prepare(validation.values)
-    with _scope(options):
+    fitting = prepared(train, "training")
+    held = prepared(validation, "validation") if validation is not None else None
+    with (options.strategy or tf.distribute.get_strategy()).scope():
         top = head(submodel.dimensions, classes, head_settings, derive_seed(options.seed, "head"))
-        model = classifier(submodel.encoder(), top)
-    history = _fit_logits(model, "logits", features, train.labels, held, validation.labels, settings, options)
-    return TrainedClassifier(model, history)
+        whole = classifier(submodel.encoder(), top)
+    fitted = keras.Model(top.inputs, {"logits": top.output}) if submodel.frozen else whole
+    history = _fit_logits(fitted, fitting, held, settings, options)
+    return TrainedClassifier(whole, history)
 
 
 def _embeddings(submodel: Submodel, part: Examples, cache_dir: Path, options: RunOptions) -> Features:
@@ -138,41 +123,33 @@ def _embeddings(submodel: Submodel, part: Examples, cache_dir: Path, options: Ru
         return {"embedding": embed(submodel, part.values, cache_dir, progress=reached(bar))}
 
 
-def _scope(options: RunOptions) -> Any:
-    return (options.strategy or tf.distribute.get_strategy()).scope()
-
-
 def _fit_logits(
     model: keras.Model,
-    output: str | None,
-    features: Features,
-    labels: np.ndarray,
-    held: Features,
-    held_labels: np.ndarray,
+    train: _Prepared,
+    validation: _Prepared | None,
     settings: ClassifierTraining,
     options: RunOptions,
 ) -> History:
-    """Fits a model whose output (or the named one of its outputs) is logits."""
+    """Fits a model with the output `logits`."""
 
     def logits_of(inputs: Mapping[str, tf.Tensor], training: bool) -> tf.Tensor:
-        outputs = model({name: inputs[name] for name in features}, training=training)
-        return outputs[output] if output else outputs
+        return model({name: inputs[name] for name in train.features}, training=training)["logits"]
 
     def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         return cross_entropy(batch[_LABEL], logits_of(batch, True), settings.label_smoothing)
 
     score = tf.function(lambda inputs: logits_of(inputs, False), reduce_retracing=True)
 
-    def validate() -> dict[str, float]:
-        return classification_metrics(in_batches(score, held, settings.batch_size), held_labels)
+    def validate(validation: _Prepared) -> dict[str, float]:
+        return classification_metrics(in_batches(score, validation.features, settings.batch_size), validation.labels)
 
     return fit(
         model,
         loss,
-        {**features, _LABEL: np.asarray(labels, np.int32)},
+        {**train.features, _LABEL: np.asarray(train.labels, np.int32)},
         settings,
         options,
-        validate,
+        (lambda: validate(validation)) if validation is not None else None,
         settings.monitor,
         higher_is_better=settings.monitor == "accuracy",
     )

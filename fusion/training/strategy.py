@@ -52,12 +52,17 @@ def replicas(settings: StrategySettings) -> int:
 
 
 def check_batch(batch_size: int, settings: StrategySettings) -> None:
-    """Raises ConfigError when the batch cannot be shared evenly; needs no data."""
-    count = replicas(settings)
+    """Raises ConfigError when the batch cannot be shared evenly; needs neither data nor devices."""
+    check_divisible(batch_size, replicas(settings))
+
+
+def check_divisible(batch_size: int, count: int) -> None:
+    """Raises ConfigError when `batch_size` is not a multiple of `count` replicas."""
     if batch_size % count:
+        below, above = batch_size // count * count, (batch_size // count + 1) * count
         raise ConfigError(
             f"batch_size must be a multiple of the {count} devices of the strategy; received {batch_size}. "
-            f"The nearest are {max(1, batch_size // count) * count} and {(batch_size // count + 1) * count}."
+            f"Take {f'{below} or ' if below else ''}{above}."
         )
 
 
@@ -146,6 +151,5 @@ def _find_tpu() -> None:
         tf.distribute.cluster_resolver.TPUClusterResolver.connect()
     except (ValueError, tf.errors.OpError, OSError) as error:
         raise ConfigError(
-            "strategy.kind tpu needs a TPU that this machine can reach; none was found. "
-            "Use default or mirrored here."
+            "strategy.kind tpu needs a TPU that this machine can reach; none was found. Use default or mirrored here."
         ) from error

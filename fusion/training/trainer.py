@@ -8,9 +8,10 @@ the same bits.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pydantic
@@ -20,9 +21,10 @@ from fusion.compat import keras, tf
 from fusion.config import Settings, content_hash
 from fusion.errors import ConfigError, EngineError, MachineError
 from fusion.progress import Bar, progress
-from fusion.training.batches import BatchPlan, Block, Feed, Rows, as_rows, epoch_order, most_steps_per_block
-from fusion.training.checkpoints import Checkpoints, TrainingState
+from fusion.training.batches import BatchPlan, Block, Feed, Rows, RowShapes, as_rows, common_shape, epoch_order
+from fusion.training.checkpoints import Checkpoints, TrainingState, frozen_digest
 from fusion.training.schedules import Schedule, ScheduleSettings
+from fusion.training.strategy import check_divisible
 from fusion.types import Features, History, RunOptions, Validate
 
 Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
@@ -30,6 +32,9 @@ Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
 
 Data = Mapping[str, np.ndarray] | tuple[int, Callable[[np.ndarray], Features]]
 """Named arrays of equal length, or the number of rows and a function that gathers rows by number."""
+
+Program = Callable[[dict[str, tf.Tensor], tf.Tensor], tf.Tensor]
+"""Named tensors [steps, batch, ...] and weights [steps, batch] -> losses [steps]."""
 
 _CALL_SECONDS = 0.2
 """A call of the compiled loop should take about this long: progress and Ctrl-C wait for it."""
@@ -128,7 +133,7 @@ class _Run:
         rows: Rows,
         settings: TrainingSettings,
         options: RunOptions,
-        validate: Validate,
+        validate: Validate | None,
         monitor: str,
         higher_is_better: bool,
         drop_remainder: bool,
@@ -138,11 +143,7 @@ class _Run:
         self._validate, self._monitor, self._higher = validate, monitor, higher_is_better
         self._strategy = options.strategy or tf.distribute.get_strategy()
         replicas = self._strategy.num_replicas_in_sync
-        if settings.batch_size % replicas:
-            raise ConfigError(
-                f"batch_size must be a multiple of the {replicas} devices of the strategy; "
-                f"received {settings.batch_size}."
-            )
+        check_divisible(settings.batch_size, replicas)
         self._plan = BatchPlan(rows.n, settings.batch_size, replicas, drop_remainder)
         if self._plan.steps == 0:
             raise ConfigError(
@@ -151,10 +152,8 @@ class _Run:
             )
         self._check_variables()
         self._optimizer = self._make_optimizer()
-        self._checkpoints = Checkpoints(
-            options.directory, model, self._optimizer, TrainingState(self._fingerprint())
-        )
-        self._programs: dict[tuple[int, ...], Any] = {}
+        self._checkpoints = Checkpoints(options.directory, model, self._optimizer, TrainingState(self._fingerprint()))
+        self._programs: dict[int, Program] = {}
 
     # ---- before the first step -------------------------------------------------------------------------------
 
@@ -173,9 +172,7 @@ class _Run:
         steps = self._plan.steps
         with self._strategy.scope():
             common = {
-                "learning_rate": Schedule(
-                    settings.learning_rate, settings.schedule, steps * settings.epochs, steps
-                ),
+                "learning_rate": Schedule(settings.learning_rate, settings.schedule, steps * settings.epochs, steps),
                 "weight_decay": settings.weight_decay or None,
                 "global_clipnorm": settings.clip_norm,  # applied to the gradient summed over replicas
                 "jit_compile": False,
@@ -199,6 +196,7 @@ class _Run:
                 "monitor": [self._monitor, self._higher],
                 # By shape, not by name: Keras numbers the names of layers by what else the process has built.
                 "variables": [[list(v.shape), v.dtype.name, v.trainable] for v in self._model.variables],
+                "frozen": frozen_digest(self._model),  # not in the checkpoints, so they have to be the same
             }
         )
 
@@ -217,17 +215,19 @@ class _Run:
             self._options.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MachineError(f"the folder {self._options.directory} must be writable: {error}.") from error
+        if not os.access(self._options.directory, os.W_OK | os.X_OK):
+            raise MachineError(f"the folder {self._options.directory} must be writable, and it is not.")
 
     def _train(self, state: TrainingState) -> None:
-        self._most_steps = most_steps_per_block(self._rows, self._settings.batch_size, _MOST_STEPS_PER_CALL)
+        sampled = RowShapes.of(self._rows)
+        self._shapes = sampled.shapes
+        self._most_steps = sampled.most_steps(self._settings.batch_size, _MOST_STEPS_PER_CALL)
         self._steps_per_call = 1
         writer = tf.summary.create_file_writer(str(self._options.directory / "tensorboard"))
         total = self._plan.steps * self._settings.epochs
         with (
             writer.as_default(),
-            progress(
-                f"train {self._options.directory.name}", total, quiet=self._options.quiet, done=state.step
-            ) as bar,
+            progress(f"train {self._options.directory.name}", total, quiet=self._options.quiet, done=state.step) as bar,
         ):
             while not self._over(state):
                 began = time.monotonic()
@@ -242,17 +242,14 @@ class _Run:
 
     def _over(self, state: TrainingState) -> bool:
         """Whether to stop, and why; a function of the saved state, so that a resumed run decides the same."""
-        settings, best = self._settings, state.best_metric
-        if best is None:
-            return False
-        reached = settings.target is not None and (
-            best >= settings.target if self._higher else best <= settings.target
-        )
-        if reached:
+        target, patience, best = self._settings.target, self._settings.patience, state.best_metric
+        if target is not None and best is not None and (best >= target if self._higher else best <= target):
             state.history.stopped = f"target reached: {self._monitor} {best:.6g}"
-        elif settings.patience and state.waited >= settings.patience:
+            return True
+        if patience and state.waited >= patience:
             state.history.stopped = f"no better {self._monitor} for {state.waited} epochs"
-        return reached or state.epoch >= settings.epochs or state.waited >= (settings.patience or math.inf)
+            return True
+        return state.epoch >= self._settings.epochs
 
     def _epoch(self, state: TrainingState, bar: Bar) -> None:
         order = epoch_order(self._options.seed, state.epoch, self._plan.n)
@@ -269,13 +266,17 @@ class _Run:
     def _stretch(self, state: TrainingState, order: np.ndarray, stop: int, bar: Bar) -> None:
         """Trains from the state's position up to `stop`."""
         with Feed(self._rows, self._plan, order, state.position, stop, self._settings.workers) as feed:
-            while (block := feed.next_block(self._steps_per_call)) is not None:
-                losses = self._timed_call(block)
-                self._check_finite(losses, state)
-                self._count(losses, state)
-                tf.summary.scalar("train/loss", losses[-1], step=state.step)
-                tf.summary.scalar("train/learning_rate", self._optimizer.learning_rate, step=state.step)
-                bar.advance(block.steps, epoch=state.epoch + 1, loss=float(losses[-1]))
+            while blocks := feed.next_blocks(self._steps_per_call):
+                for block in blocks:
+                    self._block(state, block, bar)
+
+    def _block(self, state: TrainingState, block: Block, bar: Bar) -> None:
+        losses = self._timed_call(block)
+        self._check_finite(losses, state)
+        self._count(losses, state)
+        tf.summary.scalar("train/loss", losses[-1], step=state.step)
+        tf.summary.scalar("train/learning_rate", self._optimizer.learning_rate, step=state.step)
+        bar.advance(block.steps, epoch=state.epoch + 1, loss=float(losses[-1]))
 
     def _count(self, losses: np.ndarray, state: TrainingState) -> None:
         for loss in losses:
@@ -318,10 +319,10 @@ class _Run:
             "learning_rate": float(self._optimizer.learning_rate.numpy()),
             **metrics,
         }
-        for name, value in metrics.items():
-            tf.summary.scalar(f"validation/{name}", value, step=state.step)
-        value, best = metrics.get(self._monitor, float(state.epoch)), state.best_metric
-        if self._validate is None or best is None or (value > best if self._higher else value < best):
+        for name, metric in metrics.items():
+            tf.summary.scalar(f"validation/{name}", metric, step=state.step)
+        value, best = metrics.get(self._monitor), state.best_metric
+        if value is None or best is None or (value > best if self._higher else value < best):
             state.best_metric, state.waited = value, 0
             state.history.best_epoch = state.epoch
             self._checkpoints.keep_best()
@@ -343,15 +344,23 @@ class _Run:
             self._steps_per_call = min(self._most_steps, self._steps_per_call * 2)
         return losses
 
-    def _program(self, block: Block) -> Any:
-        """The compiled loop for batches of one size: full ones, and the shorter last one."""
-        shapes = tuple(block.weights.shape[1:])
-        if shapes not in self._programs:
-            spec = {name: _any_number_of(tensor) for name, tensor in block.inputs.items()}
-            self._programs[shapes] = tf.function(
-                self._steps, input_signature=[spec, _any_number_of(block.weights)], jit_compile=False
-            )
-        return self._programs[shapes]
+    def _program(self, block: Block) -> Program:
+        """The compiled loop for batches of one size: full ones, and the shorter last one.
+
+        Which axes vary is learned from the data before the first step, because a graph that was made for one
+        shape may round differently, and a resumed run meets the shapes in another order.
+        """
+        shapes = {name: common_shape(self._shapes[name], t.shape[2:]) for name, t in block.inputs.items()}
+        if shapes != self._shapes:  # an axis varies that did not in the rows looked at
+            self._shapes, self._programs = shapes, {}
+        size = int(block.weights.shape[1])
+        if size not in self._programs:
+            inputs = {
+                name: tf.TensorSpec([None, size, *shapes[name]], tensor.dtype) for name, tensor in block.inputs.items()
+            }
+            signature = [inputs, tf.TensorSpec([None, size], tf.float32)]
+            self._programs[size] = tf.function(self._steps, input_signature=signature, jit_compile=False)
+        return self._programs[size]
 
     def _steps(self, inputs: dict[str, tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
         """One optimizer step per batch; several in one call, because calling costs more than a small step.
@@ -388,9 +397,7 @@ class _Run:
         self._optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return objective
 
-    def _own_share(
-        self, batch: dict[str, tf.Tensor], weights: tf.Tensor
-    ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+    def _own_share(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
         """The slice of the batch that belongs to the replica that asks."""
         replicas = self._strategy.num_replicas_in_sync
         if replicas == 1:
@@ -404,8 +411,3 @@ class _Run:
             return tf.ensure_shape(part, [size, *tensor.shape[1:]])
 
         return {name: share(tensor) for name, tensor in batch.items()}, share(weights)
-
-
-def _any_number_of(tensor: tf.Tensor) -> tf.TensorSpec:
-    """The spec of a block's tensor: any number of steps, each of the static batch shape."""
-    return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)

@@ -16,8 +16,9 @@ import pandas as pd
 from scipy import sparse
 
 from fusion.compat import tf
-from fusion.config import Settings
+from fusion.config import Part, Settings, content_hash
 from fusion.types import History, RunOptions
+from recsys.storage import arrays_hash, table_hash
 
 PADDING = -1
 """Fills histories up to a common length; never an item number."""
@@ -49,7 +50,17 @@ class TrainingData:
     @property
     def counts(self) -> np.ndarray:
         """How often each item was taken in training, int64 `[I]`."""
-        return np.asarray(self.matrix.astype(bool).sum(axis=0)).ravel().astype(np.int64)
+        return self.matrix.getnnz(axis=0).astype(np.int64)
+
+    def fingerprint(self, part: Part) -> str:
+        """Names everything that fitting `part` on this data depends on, for the cache of fitted members."""
+        matrix = self.matrix.tocsr()
+        matrix.sort_indices()
+        validated = [self.validation_hash, self.monitor] if self.validate else None
+        content = table_hash(self.catalogue) if part.kind == "content" else ""
+        return content_hash(
+            [arrays_hash(matrix.indptr, matrix.indices, np.array(matrix.shape)), content, validated]
+        )
 
 
 class Member(abc.ABC):
@@ -70,8 +81,8 @@ class Member(abc.ABC):
         """bool `[I]`: the items about which the member can say something."""
 
     @classmethod
-    def check(cls, config: Any, catalogue_columns: set[str] | None) -> None:
-        """Raises ConfigError for what can be known without data; `catalogue_columns` is None when unknown."""
+    def check(cls, config: Any) -> None:
+        """Raises ConfigError for what is wrong whatever the data holds."""
 
     @abc.abstractmethod
     def fit(self, data: TrainingData, options: RunOptions) -> History | None:

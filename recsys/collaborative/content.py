@@ -15,7 +15,7 @@ from scipy import sparse
 
 from fusion.compat import keras, tf
 from fusion.config import Settings, part_of
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, DataError
 from fusion.progress import progress, reached
 from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
@@ -67,13 +67,11 @@ class Content(Member):
         self.encoder = config.encoder.make(derive_seed(seed, "encoder"))
 
     @classmethod
-    def check(cls, config: Any, catalogue_columns: set[str] | None) -> None:
+    def check(cls, config: Any) -> None:
+        """Raises ConfigError for a text member without columns."""
         modality = config.encoder.registry[config.encoder.kind].modality
         if modality == "text" and not config.columns:
             raise ConfigError("a text member must name its columns, as in 'columns: [title]'; received none.")
-        for column in config.columns if catalogue_columns is not None else ():
-            if column not in catalogue_columns:
-                raise ConfigError(f"the items have no column '{column}': {nearest(column, catalogue_columns or ())}")
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
         values, available = self._values(data)
@@ -118,28 +116,29 @@ class Content(Member):
         return table
 
     def _build(self) -> keras.Model:
-        """Two projections over the frozen table; they start equal, so that the first scores are cosines."""
+        """Two projections over the frozen table; they start equal, so that the first scores are cosines.
+
+        The history is summed before it is projected: the same numbers, for L times less work.
+        """
         items, width = self.table.shape
         dimensions = min(self.config.dimensions, width)
         history = keras.Input((None,), dtype=tf.int32, name="history")
         target = keras.Input((), dtype=tf.int32, name="target")
         rows = keras.layers.Embedding(items + 1, width, trainable=False, name="embeddings")
-        dropout = keras.layers.Dropout(
-            self.config.dropout, rng_type="stateful", seed=derive_seed(self.seed, "dropout")
-        )
-        user_embedding = dropout(rows(padded_numbers(history, items)))
-        user = keras.layers.Dense(dimensions, use_bias=False, name="history_projection")(user_embedding)
-        item = keras.layers.Dense(dimensions, use_bias=False, name="item_projection")(dropout(rows(target)))
-        unit = tf.math.l2_normalize(item, axis=-1)
-        model = keras.Model(
-            {"history": history, "target": target},
-            {"user": pool_history(user, history >= 0, unit=True), "item": unit},
-        )
+        taken = pool_history(rows(padded_numbers(history, items)), history >= 0, unit=True)
+        user = self._project(taken, dimensions, "history_projection")
+        item = self._project(rows(target), dimensions, "item_projection")
+        model = keras.Model({"history": history, "target": target}, {"user": user, "item": item})
         rows.set_weights([np.concatenate([self.table, np.zeros((1, width), np.float32)])])
         start = principal_axes(self.table, dimensions)
         for name in ("history_projection", "item_projection"):
             model.get_layer(name).set_weights([start])
         return model
+
+    def _project(self, vectors: tf.Tensor, dimensions: int, name: str) -> tf.Tensor:
+        seed = derive_seed(self.seed, "dropout", name)
+        kept = keras.layers.Dropout(self.config.dropout, rng_type="stateful", force_generator=True, seed=seed)(vectors)
+        return tf.math.l2_normalize(keras.layers.Dense(dimensions, use_bias=False, name=name)(kept), axis=-1)
 
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
         history = self.table @ self.model.get_layer("history_projection").get_weights()[0]
@@ -209,7 +208,10 @@ class Content(Member):
 
 
 def join_columns(table: Any, columns: Sequence[str]) -> list[str]:
-    """The text of each row: its non-empty columns joined by '. '."""
+    """The text of each row: its non-empty columns joined by '. '; DataError names a column that is not there."""
+    for column in columns:
+        if column not in table:
+            raise DataError(f"the table has no column '{column}': {nearest(column, table.columns)}")
     parts = [table[column].fillna("").astype(str).str.strip() for column in columns]
     return [". ".join(filter(None, row)) for row in zip(*parts, strict=True)]
 

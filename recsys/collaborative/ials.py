@@ -123,7 +123,8 @@ def conjugate_gradients(system: tf.Tensor, target: tf.Tensor, steps: int) -> tf.
     The number of steps is fixed, so the graph has no loop that TFLite would have to run; a solved row keeps
     its solution, because the step lengths are guarded against division by zero.
     """
-    inverse_diagonal = 1.0 / tf.linalg.diag_part(system)
+    # TFLite has no operation that takes a diagonal.
+    inverse_diagonal = 1.0 / tf.reduce_sum(system * tf.eye(system.shape[-1]), axis=-1)
     solution = tf.zeros_like(target)
     residual = target
     direction = inverse_diagonal * residual

@@ -58,7 +58,7 @@ class MatrixFactorization(Member):
         rows = embed(items + 1, "history_table")(padded_numbers(history, items))
         user = pool_history(rows, history >= 0, unit=False)
         user = keras.layers.Dropout(
-            self.config.dropout, rng_type="stateful", seed=derive_seed(self.seed, "dropout")
+            self.config.dropout, rng_type="stateful", force_generator=True, seed=derive_seed(self.seed, "dropout")
         )(user)
         item = embed(items, "item_table")(target)
         return keras.Model({"history": history, "target": target}, {"user": user, "item": item})

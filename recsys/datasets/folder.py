@@ -197,9 +197,7 @@ class _FolderReading:
 
     def _recommendation(self, files: FileSet) -> Tables:
         interactions = self._read(files, "interactions", self.config.where.interactions)
-        interactions = typed_interactions(
-            interactions, f"{self.name}'s interactions", self.config.timestamp_unit
-        )
+        interactions = typed_interactions(interactions, f"{self.name}'s interactions", self.config.timestamp_unit)
         item_files = self.config.files.items or self._default("items")
         if item_files:
             items = self._read(item_files, "items", self.config.where.items)
@@ -222,9 +220,7 @@ class _FolderReading:
         else:
             table = self._read_files(files, what)
         for condition in conditions:
-            table = table[
-                Condition.parse(condition).holds(self._under_both_names(table), f"{self.name}'s {what}")
-            ]
+            table = table[Condition.parse(condition).holds(self._under_both_names(table), f"{self.name}'s {what}")]
         if self.config.fold is not None and what != "items":
             table = _split_by_fold(table, self.config.fold, f"{self.name}'s {what}")
         return table.reset_index(drop=True)
@@ -269,8 +265,7 @@ def _split_by_fold(table: pd.DataFrame, fold: Fold, where: str) -> pd.DataFrame:
         unknown = set(values) - set(table[fold.column])
         if unknown:
             raise DataError(
-                f"fold.{name} must be a value of the column '{fold.column}' of {where}; "
-                f"'{min(unknown)}' is not."
+                f"fold.{name} must be a value of the column '{fold.column}' of {where}; '{min(unknown)}' is not."
             )
         part[table[fold.column].isin(values).to_numpy()] = name
     return table.assign(**{SPLIT: pd.Series(part, index=table.index, dtype="str")})

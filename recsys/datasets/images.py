@@ -29,9 +29,7 @@ def check_template(template: str) -> str:
         raise ConfigError(
             f"an image template must read like 'posters/{{item_id}}.jpg'; '{template}': {error}."
         ) from None
-    plain = all(
-        name is None or (name and not spec and not conversion) for _, name, spec, conversion in fields
-    )
+    plain = all(name is None or (name and not spec and not conversion) for _, name, spec, conversion in fields)
     if not plain or not safe_relative(template):
         raise ConfigError(
             "an image template must be a path below the data folder with plain {column} fields, as in "
@@ -40,9 +38,7 @@ def check_template(template: str) -> str:
     return template
 
 
-def locate(
-    table: pd.DataFrame, templates: Sequence[str], aliases: Mapping[str, str], folder: Path
-) -> list[str]:
+def locate(table: pd.DataFrame, templates: Sequence[str], aliases: Mapping[str, str], folder: Path) -> list[str]:
     """For each row the path of its image by the first template whose file exists, or '' when none does.
 
     `aliases` maps the source's column names to ours, so that a template may use either. Raises DataError when
@@ -64,8 +60,7 @@ def _fill(template: str, table: pd.DataFrame, aliases: Mapping[str, str]) -> Ite
     for name in names:
         if name not in table:
             raise DataError(
-                f"the image template '{template}' needs a column '{name}': "
-                f"{nearest(name, map(str, table.columns))}"
+                f"the image template '{template}' needs a column '{name}': {nearest(name, map(str, table.columns))}"
             )
     literals = [literal for literal, _, _, _ in parts] + [""] * (len(names) + 1 - len(parts))
     if not names:
@@ -105,6 +100,4 @@ class _Existing:
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in an id
             return frozenset()
         except OSError as error:
-            raise DataError(
-                f"the image folder {self._folder / parent} must be readable: {error.strerror}."
-            ) from None
+            raise DataError(f"the image folder {self._folder / parent} must be readable: {error.strerror}.") from None

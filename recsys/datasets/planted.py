@@ -127,9 +127,7 @@ def _interactions(truth: PlantedTruth, config: Planted.Config, rng: np.random.Ge
     first = _largest(np.where(truth.cold, -np.inf, perturbed), early)
     perturbed = truth.scores + NOVELTY * truth.cold + rng.gumbel(size=truth.scores.shape)
     np.put_along_axis(perturbed, first, -np.inf, axis=1)
-    items = np.concatenate(
-        [rng.permuted(first, axis=1), rng.permuted(_largest(perturbed, late), axis=1)], axis=1
-    )
+    items = np.concatenate([rng.permuted(first, axis=1), rng.permuted(_largest(perturbed, late), axis=1)], axis=1)
     times = np.concatenate([
         np.sort(rng.integers(0, _EARLY_SECONDS, (config.users, early)), axis=1),
         _EARLY_SECONDS + np.sort(rng.integers(0, _LATE_SECONDS, (config.users, late)), axis=1),

@@ -64,9 +64,7 @@ def read_delimited(path: Path, separator: str, encoding: str, **options: Any) ->
     except FileNotFoundError:
         raise missing_file(path) from None
     except pd.errors.EmptyDataError:
-        raise DataError(
-            f"a table must have a header and rows; {path} is empty. Write the file again."
-        ) from None
+        raise DataError(f"a table must have a header and rows; {path} is empty. Write the file again.") from None
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise _unreadable(path, error) from error
     filled: pd.DataFrame = table.fillna("")
@@ -87,12 +85,10 @@ def names_in(folder: Path, at_most: int = 50) -> list[str]:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     if isinstance(error, UnicodeDecodeError):
-        reason = (
-            f"byte {error.start} is not {error.encoding}; set 'encoding' (latin-1 for old MovieLens files)"
-        )
+        reason = f"byte {error.start} is not {error.encoding}; set 'encoding' (latin-1 for old MovieLens files)"
     else:
-        reason = " ".join(str(error).split())[:200]
-    return DataError(f"the table {path} must be readable; received: {reason}.")
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+    return DataError(f"the table {path} must be readable; received: {reason}. Correct the file.")
 
 
 def _read_json_lines(path: Path, encoding: str) -> pd.DataFrame:
@@ -104,9 +100,7 @@ def _read_json_lines(path: Path, encoding: str) -> pd.DataFrame:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(
-                    f"each line must be one JSON object; {path}, line {number}: {error.msg}."
-                ) from None
+                raise DataError(f"each line must be one JSON object; {path}, line {number}: {error.msg}.") from None
             if not isinstance(row, dict):
                 raise DataError(f"each line must be one JSON object; {path}, line {number} is not.")
             rows.append(row)
@@ -117,9 +111,7 @@ def _read_json_lines(path: Path, encoding: str) -> pd.DataFrame:
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
     """Every column as text: whole numbers without a point, lists joined by ', ', nothing as ''."""
-    return pd.DataFrame(
-        {str(name): _column_as_text(table[name]) for name in table.columns}, index=table.index
-    )
+    return pd.DataFrame({str(name): _column_as_text(table[name]) for name in table.columns}, index=table.index)
 
 
 def _column_as_text(column: pd.Series) -> pd.Series:

@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion.compat import keras
+from fusion.compat import keras, tf
 from fusion.config import parse
 from fusion.embeddings import embed
 from fusion.errors import ConfigError, DataError
 from fusion.submodels import SUBMODELS
+from fusion.submodels.base import Pretrained
 from fusion.submodels.head import HeadSettings, classifier, head
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fusion"))
-from tiny_bert import write_tiny_bert  # noqa: E402  (a helper beside the tests of texts)
+from tiny_bert import write_tiny_bert
 
 TEXTS = ["a red film", "the blue night, the blue sea", "", "war and war and night", "a sea of red", "film"]
 BATCH_TOLERANCE = 1e-5
+PRETRAINED = sorted(kind for kind, submodel in SUBMODELS.items() if issubclass(submodel, Pretrained))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def values_for(submodel):
 
 
 def encode(submodel, values):
-    return np.asarray(submodel.encoder()(submodel.prepare(values), training=False))
+    return submodel.encode(submodel.prepare(values))
 
 
 def test_inputs_are_named_as_prepared(submodel):
@@ -141,11 +143,11 @@ def test_frozen_says_whether_anything_is_trained(submodel):
 
 
 @pytest.mark.parametrize("fine_tune", [0, 1, "all"])
+@pytest.mark.parametrize("kind", PRETRAINED)
 def test_only_the_named_layers_change_in_training(kind, make, fine_tune):
     """E2, E3: frozen variables are bit-identical after training steps, the others are not."""
-    if "fine_tune" not in SUBMODELS[kind].Config.model_fields:
-        pytest.skip(f"{kind} has no pretrained weights to keep")
     submodel = make(kind, fine_tune=fine_tune)
+    assert submodel.frozen == (fine_tune == 0)
     chosen = submodel.unfreeze()
     before = {layer.name: layer.get_weights() for layer in submodel.encoder().layers}
     train(submodel)
@@ -155,25 +157,28 @@ def test_only_the_named_layers_change_in_training(kind, make, fine_tune):
         same = [np.array_equal(a, b) for a, b in zip(before[layer.name], layer.get_weights(), strict=True)]
         assert layer.name in named or all(same), f"{layer.name} is frozen and changed"
     changed = [name for name in named if not np.array_equal(before[name][0], weights_of(submodel, name))]
-    assert len(changed) > 0.5 * len(named)
+    assert len(changed) >= 0.5 * len(named)
 
 
 def weights_of(submodel, name):
     return submodel.encoder().get_layer(name).get_weights()[0]
 
 
-def train(submodel, steps=2):
-    """A few steps of gradient descent on a linear head over the encoder."""
+def train(submodel):
+    """One step of gradient descent on a linear head over the encoder."""
     values = values_for(submodel)
     model = classifier(submodel.encoder(), head(submodel.dimensions, 2, HeadSettings()))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.5), loss={"logits": loss})
-    model.fit(submodel.prepare(values), {"logits": np.array([0, 1, 0, 1, 0, 1])}, epochs=steps, verbose=0)
+    with tf.GradientTape() as tape:
+        logits = model(submodel.prepare(values), training=True)["logits"]
+        loss = tf.nn.sparse_softmax_cross_entropy_with_logits([0, 1, 0, 1, 0, 1], logits)
+    for variable, gradient in zip(
+        model.trainable_variables, tape.gradient(loss, model.trainable_variables), strict=True
+    ):
+        variable.assign_sub(0.1 * tf.convert_to_tensor(gradient))
 
 
+@pytest.mark.parametrize("kind", PRETRAINED)
 def test_more_blocks_than_there_are_is_a_config_error(kind, make):
-    if "fine_tune" not in SUBMODELS[kind].Config.model_fields:
-        pytest.skip(f"{kind} has no pretrained weights to keep")
     with pytest.raises(ConfigError, match="at most the number of blocks"):
         make(kind, fine_tune=1000).encoder()
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from fusion.compat import keras, tf
 from fusion.errors import GateError
 from fusion.export import savedmodel, tflite
@@ -15,7 +16,7 @@ class Core(tf.Module):
     def __init__(self):
         self.weights = tf.Variable(np.random.default_rng(0).normal(size=(3, 4)), dtype=tf.float32)
 
-    @tf.function(input_signature=[tf.TensorSpec([None, 3], tf.float32, "first"), tf.TensorSpec([None, 4], name="second")])
+    @tf.function(input_signature=[tf.TensorSpec([None, 3], name="first"), tf.TensorSpec([None, 4], name="second")])
     def score(self, first, second):
         return {"scores": tf.matmul(first, self.weights) - second, "first_only": tf.matmul(first, self.weights)}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fusion import files
 from fusion.errors import GateError, MachineError
 
@@ -93,7 +94,7 @@ def test_objects_are_refused_both_ways(tmp_path):
         files.save_arrays(tmp_path / "a.npz", {"ids": np.array(["a", None], object)})
     assert os.listdir(tmp_path) == []
     np.savez(tmp_path / "b.npz", ids=np.array(["a", None], object))
-    with pytest.raises(GateError, match="must be an .npz of plain arrays"):
+    with pytest.raises(GateError, match=r"must be an \.npz of plain arrays"):
         files.load_arrays(tmp_path / "b.npz")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from fusion.errors import GateError, MachineError
 from fusion.export import manifest
 from fusion.export.manifest import Manifest, Signature, TensorSpec, publish, verify_manifest, write_manifest

@@ -57,9 +57,7 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_a_terminal_gets_nested_bars_and_no_color_is_honoured(
-    no_color: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_nested_bars_and_no_color_is_honoured(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar within a bar's work is a row of the same display, because rich allows one at a time."""
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -12,7 +12,7 @@ import pytest
 from fusion.compat import keras
 from fusion.config import Settings
 from fusion.errors import ConfigError, DataError
-from fusion.submodels.base import Submodel
+from fusion.submodels.base import Pretrained, Submodel
 from fusion.submodels.head import HeadSettings
 from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
 from fusion.training.separate import (
@@ -27,7 +27,7 @@ from fusion.types import Features, RunOptions
 CLASSES = 3
 
 
-class Brightness(Submodel):
+class Brightness(Pretrained):
     """A tiny image encoder: two random projections of the mean colour."""
 
     class Config(Settings):
@@ -36,7 +36,7 @@ class Brightness(Submodel):
 
     modality: ClassVar[Literal["text", "image"]] = "image"
 
-    def prepare(self, values: Sequence[Any]) -> Features:
+    def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
         return {"image": np.asarray(values)}
 
     def _build(self) -> keras.Model:
@@ -111,7 +111,6 @@ def test_metrics_by_hand() -> None:
     metrics = classification_metrics(logits, np.array([0, 1, 0]))
     assert metrics["accuracy"] == pytest.approx(2 / 3)
     assert metrics["log_loss"] == pytest.approx((np.log(4) + np.log(4 / 3)) / 3, rel=1e-6)
-
 
 
 def test_folds_are_even_and_stratified() -> None:

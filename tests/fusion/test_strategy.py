@@ -6,6 +6,7 @@ TensorFlow first uses it, which in the test process is long over.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -48,13 +49,13 @@ def test_the_batch_must_be_shared_evenly() -> None:
     assert replicas(two) == 2
     check_batch(32, two)
     check_batch(33, StrategySettings())
-    with pytest.raises(ConfigError, match="multiple of the 2 devices .* received 33. The nearest are 32 and 34"):
+    with pytest.raises(ConfigError, match=r"multiple of the 2 devices .* received 33. Take 32 or 34"):
         check_batch(33, two)
 
 
 @pytest.mark.parametrize("kind", ["multi_worker", "parameter_server", "tpu"])
 def test_what_is_not_there_is_refused_in_a_sentence(kind: Any) -> None:
-    with pytest.raises(ConfigError, match="would need|none was found"):
+    with pytest.raises(ConfigError, match=r"would need|none was found"):
         make_strategy(StrategySettings(kind=kind))
 
 
@@ -99,7 +100,7 @@ def test_mirrored_adam_with_penalty_and_clipping_equals_one_device(two_devices: 
 
 def test_mirrored_with_dropout_and_normalisation_resumes(two_devices: dict[str, Any]) -> None:
     """F10, I2: checkpoints hold the state of every replica."""
-    np.testing.assert_allclose(two_devices["resumed"], two_devices["whole"], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(two_devices["resumed"], two_devices["whole"], atol=1e-7, rtol=0)
 
 
 def test_one_strategy_per_process(two_devices: dict[str, Any]) -> None:
@@ -113,9 +114,9 @@ def test_one_strategy_per_process(two_devices: dict[str, Any]) -> None:
 # ---- the process with two devices ----------------------------------------------------------------------------
 
 
-def _data() -> dict[str, np.ndarray]:
+def _data(n: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(77, 6)).astype(np.float32)  # 5 batches of 16, the last one of 13 rows
+    x = rng.normal(size=(n, 6)).astype(np.float32)
     return {"x": x, "label": (x @ rng.normal(size=(6, 3))).argmax(1).astype(np.int32)}
 
 
@@ -136,6 +137,7 @@ def _model(extras: bool, penalty: float = 0.0) -> keras.Model:
 def _train(
     strategy: tf.distribute.Strategy | None,
     directory: Path,
+    n: int = 64,
     extras: bool = False,
     penalty: float = 0.0,
     interrupt_at: int | None = None,
@@ -143,23 +145,21 @@ def _train(
 ) -> tuple[np.ndarray, list[float]]:
     with (strategy or tf.distribute.get_strategy()).scope():
         model = _model(extras, penalty)
-    data = _data()
-    calls = iter(range(10_000))
+    data = _data(n)
+    calls = itertools.count()
 
     def gather(rows: np.ndarray) -> dict[str, np.ndarray]:
-        if next(calls) == interrupt_at:
+        if len(rows) > 1 and next(calls) == interrupt_at:
             raise KeyboardInterrupt
         return {name: array[rows] for name, array in data.items()}
 
     history = fit(
         model,
         lambda batch: cross_entropy(batch["label"], model(batch["x"], training=True)),
-        (77, gather),
+        (n, gather),
         parse(TrainingSettings, {"epochs": 2, "batch_size": 16, "learning_rate": 0.5, **settings}),
         RunOptions(seed=3, directory=directory, strategy=strategy, quiet=True),
-        lambda: {"epochs": float(next(calls))},
-        "epochs",
-        higher_is_better=True,
+        None,
     )
     weights = np.concatenate([weight.ravel() for weight in model.get_weights()])
     return weights, [row["train_loss"] for row in history.epochs]
@@ -176,13 +176,15 @@ def _refusal(action: Any) -> str:
 def _main(directory: Path) -> None:
     settings = parse(StrategySettings, TWO_CPUS)
     strategy = make_strategy(settings)
-    one, losses_one = _train(None, directory / "one", optimizer="sgd")
-    two, losses_two = _train(strategy, directory / "two", optimizer="sgd")
-    steps = len(tf.io.gfile.glob(str(directory / "two/checkpoints/*.index"))) and 2 * -(-77 // 16)
+    n = 77  # 5 batches of 16 an epoch, of which the last has 13 rows
+    one, losses_one = _train(None, directory / "one", n, optimizer="sgd")
+    two, losses_two = _train(strategy, directory / "two", n, optimizer="sgd")
+    last = tf.train.latest_checkpoint(str(directory / "two/checkpoints"))
+    steps = json.loads(tf.train.load_variable(last, "state/.ATTRIBUTES/py_state"))["step"]
     adam = {"optimizer": "adam", "learning_rate": 0.05, "clip_norm": 0.5, "penalty": 0.1}
     whole = {"extras": True, "optimizer": "adam", "learning_rate": 0.05, "checkpoint_steps": 2}
     try:
-        _train(strategy, directory / "resumed", interrupt_at=4, **whole)
+        _train(strategy, directory / "resumed", interrupt_at=5, **whole)
     except KeyboardInterrupt:
         resumed, _ = _train(strategy, directory / "resumed", **whole)
     other = StrategySettings(kind="mirrored", devices=["CPU:1"])
@@ -205,12 +207,10 @@ def _main(directory: Path) -> None:
             lambda: fit(
                 outside,
                 lambda batch: batch["x"],
-                _data(),
+                _data(64),
                 TrainingSettings(batch_size=16),
                 RunOptions(seed=3, directory=directory / "outside", strategy=strategy, quiet=True),
-                dict,
-                "none",
-                True,
+                None,
             )
         ),
         "odd_batch": _refusal(lambda: _train(strategy, directory / "odd", batch_size=15)),

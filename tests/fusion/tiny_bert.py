@@ -11,7 +11,23 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from fusion.submodels.text_bert import read_shape, tensor_shapes
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "and", "blue", "film", "night", "of", "red", "sea", "the", "war", "##s"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "a",
+    "and",
+    "blue",
+    "film",
+    "night",
+    "of",
+    "red",
+    "sea",
+    "the",
+    "war",
+    "##s",
+]
 SHAPE = {
     "model_type": "bert",
     "vocab_size": len(WORDS),

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from fusion.compat import tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recsys.retrieval import GROUP, exclude, score_blocks, top_k
 from scipy import sparse
+
+from fusion.compat import tf
+from recsys.retrieval import GROUP, exclude, score_blocks, top_k
 
 
 @tf.function(input_signature=[tf.TensorSpec([None, None], tf.float32)])

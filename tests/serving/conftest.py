@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from fusion.compat import tf  # isort: skip  (first: it chooses Keras)
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from fusion.compat import tf
 from fusion.export import savedmodel
 from fusion.export.manifest import Manifest, write_manifest
 
@@ -30,7 +33,8 @@ class ToyRecommender(tf.Module):
     def _members(self, numbers):
         """[B, L] -> [B, 2, I]"""
         place = -tf.range(len(ITEMS), dtype=tf.float32)[None] * tf.ones_like(numbers[:, :1], tf.float32)
-        near = tf.reduce_sum(tf.one_hot((numbers + 1) % len(ITEMS), len(ITEMS)) * tf.cast(numbers >= 0, tf.float32)[..., None], 1)
+        there = tf.cast(numbers >= 0, tf.float32)[..., None]
+        near = tf.reduce_sum(tf.one_hot((numbers + 1) % len(ITEMS), len(ITEMS)) * there, 1)
         return tf.stack([place, 10.0 * near], axis=1)
 
     def _mask(self, numbers):
@@ -40,7 +44,8 @@ class ToyRecommender(tf.Module):
     def score(self, history, candidates):
         scores = tf.reduce_sum(self._members(self.item_table.lookup(history)), axis=1)
         numbers = self.item_table.lookup(candidates)
-        return {"scores": tf.where(numbers >= 0, tf.gather(scores, tf.maximum(numbers, 0), batch_dims=1), -float("inf"))}
+        picked = tf.gather(scores, tf.maximum(numbers, 0), batch_dims=1)
+        return {"scores": tf.where(numbers >= 0, picked, -float("inf"))}
 
     @tf.function(
         input_signature=[
@@ -83,6 +88,9 @@ def artifact(tmp_path_factory):
     savedmodel.save(
         module, folder, {"serving_default": module.score, "recommend": module.recommend, "fail": module.fail}
     )
+    titles = ["Zero", "One [bold]", None, "Three", "Four", "Five"]
+    pq.write_table(pa.table({"item_id": ITEMS, "title": titles}), folder / "items.parquet")
+    pq.write_table(pa.table({"user_id": USERS}), folder / "users.parquet")
     manifest = Manifest(
         kind="recommender",
         members=("place", "history"),

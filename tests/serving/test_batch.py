@@ -4,6 +4,7 @@ import os
 
 import pyarrow.parquet as pq
 import pytest
+
 from serving.batch import recommend_all
 from serving.errors import InvalidRequest, ServingError
 from serving.predictor import Predictor

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from serving import errors
 from serving.limits import Limits
 from serving.predictor import Predictor, pad_strings

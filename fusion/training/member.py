@@ -1,0 +1,139 @@
+"""A classification member: fitted on labelled rows, kept as arrays, loaded, and asked for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fusion.compat import keras, tf
+from fusion.config import Settings, content_hash, part_of
+from fusion.errors import ConfigError
+from fusion.registry import Registry
+from fusion.submodels import SUBMODELS
+from fusion.submodels.head import HeadSettings, classifier, head
+from fusion.training.separate import ClassifierTraining, Examples, in_batches, train_classifier
+from fusion.types import History, RunOptions, derive_seed
+
+CLASSIFIERS = Registry("classifier member", {"neural": "fusion.training.member:ClassifierMember"})
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """What a member may see while it is fitted.
+
+    Attributes:
+        train: labelled values of the training rows.
+        validation: labelled values that decide on the best epoch; None where nothing may be validated.
+        classes: C.
+        cache: folder for embeddings.
+        hash: names rows, labels and content, for the cache of fitted members.
+    """
+
+    train: Examples
+    validation: Examples | None
+    classes: int
+    cache: Path
+    hash: str
+
+    def fingerprint(self, part: Any) -> str:
+        """Names what fitting `part` on this data depends on."""
+        return content_hash([self.hash, self.classes])
+
+
+class ClassifierMember:
+    """An encoder and a head: values -> logits `[N, C]`.
+
+    The encoder of a frozen member is not kept with it: its weights come from where they came from.
+    """
+
+    class Config(Settings):
+        """Settings of a member."""
+
+        encoder: part_of(SUBMODELS)  # type: ignore[valid-type]
+        """The submodel: image_cnn, text_bert, ..."""
+        columns: tuple[str, ...] = ()
+        """Text columns, joined in this order; unused for images."""
+        head: HeadSettings = HeadSettings()
+        """The classifier on top of the embedding."""
+        training: ClassifierTraining = ClassifierTraining(epochs=30, batch_size=64, learning_rate=0.001)
+        """The training loop."""
+
+    PREDICT_BATCH: ClassVar[int] = 64
+
+    def __init__(self, config: Any, seed: int = 0) -> None:
+        self.config = config
+        self.seed = seed
+        self.submodel = config.encoder.make(derive_seed(seed, "encoder"))
+        self.classes = 0
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raises ConfigError for settings that contradict each other."""
+        modality = config.encoder.registry[config.encoder.kind].modality
+        if modality == "text" and not config.columns:
+            raise ConfigError("a text member must name its columns, as in 'columns: [text]'; received none.")
+
+    def fit(self, data: LabelledData, options: RunOptions) -> History:
+        """Fits vocabulary, head, and the layers that `fine_tune` names, on the training rows."""
+        self.submodel.adapt(data.train.values)
+        trained = train_classifier(
+            self.submodel,
+            data.train,
+            data.validation,
+            data.classes,
+            self.config.head,
+            self.config.training,
+            options,
+            data.cache / "embeddings",
+        )
+        self.classes, self._model = data.classes, trained.model
+        return trained.history
+
+    @property
+    def model(self) -> keras.Model:
+        """Named inputs -> `logits` `[B, C]` and `embedding` `[B, D]`."""
+        return self._model
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The head's weights, the encoder's where they were trained, and what the encoder adapted."""
+        state = {f"encoder/{name}": value for name, value in self.submodel.state().items()}
+        kept = self._head_layers() if self.submodel.frozen else self.model.layers
+        weights = [weight for layer in kept for weight in layer.get_weights()]
+        state |= {f"weights/{number:04d}": weight for number, weight in enumerate(weights)}
+        return {**state, "classes": np.int64(self.classes)}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """The inverse of `state`; builds the model."""
+        prefix = "encoder/"
+        self.submodel.load_state({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+        self.classes = int(state["classes"])
+        top = head(self.submodel.dimensions, self.classes, self.config.head, derive_seed(self.seed, "head"))
+        self._model = classifier(self.submodel.encoder(), top)
+        weights = [state[name] for name in sorted(state) if name.startswith("weights/")]
+        for layer in self._head_layers() if self.submodel.frozen else self.model.layers:
+            count = len(layer.get_weights())
+            layer.set_weights(weights[:count])
+            weights = weights[count:]
+
+    def _head_layers(self) -> list[keras.layers.Layer]:
+        """The layers that do not belong to the encoder."""
+        encoder = {id(layer) for layer in self.submodel.encoder().layers}
+        return [layer for layer in self.model.layers if id(layer) not in encoder]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of encoder and head."""
+        return int(self.model.count_params())
+
+    def logits(self, values: Sequence[Any]) -> np.ndarray:
+        """Logits float32 `[N, C]` of raw values."""
+        score = tf.function(lambda inputs: self.model(inputs, training=False)["logits"], reduce_retracing=True)
+        parts = [
+            in_batches(score, self.submodel.prepare(values[start : start + 1024]), self.PREDICT_BATCH)
+            for start in range(0, len(values), 1024)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.classes), np.float32)

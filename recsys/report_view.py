@@ -1,0 +1,331 @@
+"""Arranges a run's figures the way a page shows them: tables, stacked bars, charts. It computes no metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from recsys import plots
+from recsys.report_content import Example, Mistake, Recommended, ReportExtras
+from recsys.report_words import Figures, best_of, higher_is_better, rows_are, value_of, verdict
+from recsys.thumbnails import thumbnails
+
+MOST_CLASSES = 40
+"""Above this many classes a confusion matrix is a grey square; the table of confused pairs is shown alone."""
+
+
+def view_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Any]:
+    members, rules = report.get("members", {}), report.get("rules", {})
+    validation = report.get("validation", {})
+    order = _metric_order(extras.metric, members, rules)
+    return {
+        "report": report,
+        "extras": extras,
+        "metric": extras.metric,
+        "rows": rows_are(extras.metric),
+        "task": "classification" if rows_are(extras.metric) == "examples" else "recommendation",
+        "verdict": verdict(report, extras.metric),
+        "headline": _headline(report, extras.metric),
+        "comparison": _comparison(report, order),
+        "tables": [
+            ("Test", _table(report, members, rules, order)),
+            ("Validation", _table(report, validation.get("members", {}), validation.get("rules", {}), order)),
+        ],
+        "segments": _segments(report, extras.metric),
+        "weights": _weights(extras.rule_weights, list(members)),
+        "cost": _cost(report, extras.metric),
+        "colours": {name: index % 8 for index, name in enumerate(members)},
+        "examples": _examples(extras.examples),
+        "mistakes": _mistakes(extras.mistakes),
+        "confused": _confused(extras),
+        "epochs": {name: len(rows) for name, rows in extras.learning_curves.items() if rows},
+    }
+
+
+def _metric_order(first: str, *parts: Figures) -> list[str]:
+    """All metrics that any system has, the deciding one first."""
+    found = dict.fromkeys(metric for figures in parts for system in figures.values() for metric in system)
+    return [first, *(metric for metric in found if metric != first)] if found else []
+
+
+def _headline(report: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+    """The few figures above the fold."""
+    tiles = []
+    for kind, part in (("rule", "rules"), ("member", "members")):
+        name = report.get(f"best_{kind}")
+        if name in report.get(part, {}):
+            tiles.append({"label": f"best {kind}", "name": name, **report[part][name].get(metric, {})})
+    return tiles
+
+
+def _comparison(report: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
+    """Best rule minus best member on every metric, placed on a line from -reach to reach in percent."""
+    result = []
+    significance = report.get("significance", {})
+    for metric in [name for name in order if name in significance]:
+        found = significance[metric]
+        if found["difference"] is None:
+            continue
+        reach = max(abs(found["low"]), abs(found["high"]), 1e-12)
+        low, high = (50 + 46 * found[end] / reach for end in ("low", "high"))
+        sign = 1 if higher_is_better(metric) else -1
+        better, worse = min(sign * found["low"], sign * found["high"]) > 0, max(
+            sign * found["low"], sign * found["high"]
+        ) < 0
+        result.append(
+            {
+                "metric": metric,
+                **found,
+                "left": low,
+                "width": max(high - low, 0.8),
+                "at": 50 + 46 * found["difference"] / reach,
+                "tone": "good" if better else "bad" if worse else "open",
+                "less": sign < 0,
+            }
+        )
+    return result
+
+
+def _table(report: Mapping[str, Any], members: Figures, rules: Figures, order: Sequence[str]) -> dict[str, Any]:
+    """Rows of systems by columns of metrics, the best of each column marked."""
+    systems = {**members, **rules}
+    columns = [metric for metric in order if any(metric in figures for figures in systems.values())]
+    best = {}
+    for metric in columns:
+        values = {name: value_of(figures, metric) for name, figures in systems.items()}
+        winner = best_of(values, metric)
+        best[metric] = None if winner is None else values[winner]
+    chosen = {report.get("best_member"), report.get("best_rule")}
+    rows = [
+        {
+            "name": name,
+            "kind": kind,
+            "chosen": name in chosen,
+            "cells": [
+                {**figures.get(metric, {}), "best": value_of(figures, metric) is not None and value_of(figures, metric) == best[metric]}
+                for metric in columns
+            ],
+        }
+        for kind, part in (("member", members), ("rule", rules))
+        for name, figures in part.items()
+    ]
+    return {"columns": [{"name": m, "less": not higher_is_better(m)} for m in columns], "rows": rows}
+
+
+def _segments(report: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """Rows of systems by columns of segments, on the deciding metric."""
+    parts = {
+        name: {**part.get("members", {}), **part.get("rules", {})} for name, part in report.get("segments", {}).items()
+    }
+    columns = [{"name": name, "n": _largest_n(systems, metric)} for name, systems in parts.items()]
+    columns = [column for column in columns if column["n"]]
+    kinds = {**dict.fromkeys(report.get("members", {}), "member"), **dict.fromkeys(report.get("rules", {}), "rule")}
+    rows = []
+    for system, kind in kinds.items():
+        cells = []
+        for column in columns:
+            systems = parts[column["name"]]
+            values = {name: value_of(figures, metric) for name, figures in systems.items()}
+            cells.append(
+                {
+                    **systems.get(system, {}).get(metric, {}),
+                    "best": values.get(system) is not None and values[system] == values[best_of(values, metric) or ""],
+                    "strength": _strength(values.get(system), values, metric),
+                }
+            )
+        rows.append({"name": system, "kind": kind, "cells": cells})
+    return {"columns": columns, "rows": rows if columns else []}
+
+
+def _largest_n(systems: Figures, metric: str) -> int:
+    return max((int(figures.get(metric, {}).get("n", 0)) for figures in systems.values()), default=0)
+
+
+def _strength(value: float | None, all_values: Mapping[str, float | None], metric: str) -> int:
+    """0 for the worst of a column to 5 for the best: the depth of a cell's tint."""
+    defined = [v for v in all_values.values() if v is not None]
+    if value is None or max(defined) == min(defined):
+        return 0
+    share = (value - min(defined)) / (max(defined) - min(defined))
+    return round(5 * (share if higher_is_better(metric) else 1 - share))
+
+
+def _weights(weights: Mapping[str, Mapping[str, float]], members: Sequence[str]) -> dict[str, Any]:
+    """Rules by members; each bar is as long as its share of the rule's largest weight."""
+    columns = [name for name in members if any(name in by_member for by_member in weights.values())]
+    rows = []
+    for rule, by_member in weights.items():
+        largest = max((abs(weight) for weight in by_member.values()), default=0.0) or 1.0
+        cells = [
+            {"value": by_member.get(name), "width": 100 * abs(by_member.get(name, 0.0)) / largest} for name in columns
+        ]
+        rows.append({"rule": rule, "cells": cells})
+    return {"columns": columns, "rows": rows if columns else []}
+
+
+def _cost(report: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+    """One row per system and variant, with its quality and whether another is at least as good in everything."""
+    figures = {**report.get("members", {}), **report.get("rules", {})}
+    kinds = {**dict.fromkeys(report.get("members", {}), "member"), **dict.fromkeys(report.get("rules", {}), "rule")}
+    rows = [
+        {"name": name, "kind": kinds.get(name, "variant"), "quality": value_of(figures.get(name, {}), metric), **cost}
+        for name, cost in {**report.get("cost", {}), **report.get("variants", {})}.items()
+    ]
+    sign = 1 if higher_is_better(metric) else -1
+    for row in rows:
+        row["on_front"] = row["quality"] is not None and not any(_beats(other, row, sign) for other in rows)
+    return rows
+
+
+def _beats(a: Mapping[str, Any], b: Mapping[str, Any], sign: int) -> bool:
+    """Whether a is at least as good as b in quality, bytes and latency, and better in one of them."""
+    if a["quality"] is None:
+        return False
+    pairs = [(sign * a["quality"], sign * b["quality"])]
+    pairs += [(-a[key], -b[key]) for key in ("bytes", "p95_ms") if a.get(key) is not None and b.get(key) is not None]
+    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+
+def _examples(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    pictures = iter(
+        thumbnails([shown.image for example in examples for shown in (*example.history, *example.recommended)])
+    )
+    result = []
+    for example in examples:
+        history = [{"title": item.title, "picture": next(pictures)} for item in example.history]
+        recommended = [_recommended(item, next(pictures)) for item in example.recommended]
+        _place_contributions(recommended)
+        pictured = any(item["picture"] for item in (*history, *recommended))
+        result.append(
+            {"user": example.user, "history": history, "recommended": recommended, "pictured": pictured}
+        )
+    return result
+
+
+def _recommended(item: Recommended, picture: str | None) -> dict[str, Any]:
+    parts = {name: float(value) for name, value in item.contributions.items() if math.isfinite(value)}
+    return {
+        "title": item.title,
+        "picture": picture,
+        "score": item.score,
+        "relevant": item.relevant,
+        "contributions": sorted(parts.items(), key=lambda part: -abs(part[1])),
+        "segments": [],
+        "zero": 0.0,
+        "parts": parts,
+    }
+
+
+def _place_contributions(items: Sequence[dict[str, Any]]) -> None:
+    """Stacks contributions on one scale for a whole list: what adds to the right of zero, what takes to its left."""
+    above = max((sum(v for v in item["parts"].values() if v > 0) for item in items), default=0.0)
+    below = max((sum(-v for v in item["parts"].values() if v < 0) for item in items), default=0.0)
+    whole = above + below or 1.0
+    zero = 100 * below / whole
+    for item in items:
+        right, left = zero, zero
+        for name, value in item["parts"].items():
+            width = 100 * abs(value) / whole
+            left -= width if value < 0 else 0
+            item["segments"].append({"member": name, "left": right if value >= 0 else left, "width": width})
+            right += width if value >= 0 else 0
+        item["zero"] = zero
+
+
+def _mistakes(mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
+    pictures = thumbnails([mistake.image for mistake in mistakes])
+    return [
+        {"mistake": mistake, "picture": picture} for mistake, picture in zip(mistakes, pictures, strict=True)
+    ]
+
+
+def _confused(extras: ReportExtras, most: int = 10) -> list[dict[str, Any]]:
+    """The pairs of classes that are most often taken for each other."""
+    if extras.confusion is None:
+        return []
+    counts = np.array(extras.confusion, copy=True)
+    totals = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(place), len(counts)) for place in order]
+    return [
+        {"true": extras.classes[t], "predicted": extras.classes[p], "count": int(counts[t, p]), "of": int(totals[t])}
+        for t, p in pairs
+        if counts[t, p]
+    ]
+
+
+# ---- charts --------------------------------------------------------------------------------------------------
+
+
+def charts_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Figure]:
+    """The charts for which there is something to show, by file name."""
+    charts = {}
+    if report.get("members") or report.get("rules"):
+        charts["comparison"] = _comparison_chart(report, extras.metric)
+    if extras.drop_one:
+        charts["drop_one"] = _drop_one_chart(extras)
+    curves = {name: rows for name, rows in extras.learning_curves.items() if rows}
+    if curves:
+        charts["learning_curves"] = plots.curves(curves)
+    spots = _spots(report, extras.metric)
+    if len(spots) > 1:
+        charts["cost"] = plots.trade_off(spots, "milliseconds an answer takes (p95)", extras.metric)
+    if extras.confusion is not None and len(extras.classes) <= MOST_CLASSES:
+        charts["confusion"] = plots.confusion(np.asarray(extras.confusion), extras.classes)
+    return charts
+
+
+def _comparison_chart(report: Mapping[str, Any], metric: str) -> Figure:
+    entries = []
+    sign = -1 if higher_is_better(metric) else 1
+    for kind, part in (("member", "members"), ("rule", "rules")):
+        systems = report.get(part, {})
+        order = sorted(systems, key=lambda name: sign * (value_of(systems[name], metric) or 0.0))
+        for name in order:
+            figure = systems[name].get(metric, {})
+            role = f"best-{kind}" if name == report.get(f"best_{kind}") else kind
+            entries.append(
+                plots.Bar(name, value_of(systems[name], metric), figure.get("low"), figure.get("high"), role, part)
+            )
+    return plots.bars(entries, metric + ("" if sign < 0 else " (less is better)"))
+
+
+def _drop_one_chart(extras: ReportExtras) -> Figure:
+    """What is lost without each member; for metrics where less is better the sign is turned."""
+    sign = 1.0 if higher_is_better(extras.metric) else -1.0
+    entries = []
+    for member, found in extras.drop_one.items():
+        difference, low, high = (
+            None if found.get(key) is None else sign * float(found[key] or 0.0) for key in ("difference", "low", "high")
+        )
+        if low is not None and high is not None:
+            low, high = min(low, high), max(low, high)
+        helps = difference is not None and difference >= 0
+        clear = low is not None and high is not None and (low > 0 or high < 0)
+        role = ("best-rule" if clear else "rule") if helps else "worse"
+        entries.append(plots.Bar(member, difference, low, high, role))
+    entries.sort(key=lambda bar: -(bar.value or 0.0))
+    return plots.bars(entries, f"{extras.metric} lost without the member", signed=True)
+
+
+def _spots(report: Mapping[str, Any], metric: str) -> list[plots.Spot]:
+    rows = [row for row in _cost(report, metric) if row["quality"] is not None and (row.get("p95_ms") or 0) > 0]
+    sign = 1 if higher_is_better(metric) else -1
+    spots = []
+    for row in rows:
+        beaten = any(
+            sign * other["quality"] >= sign * row["quality"]
+            and other["p95_ms"] <= row["p95_ms"]
+            and (other["quality"], other["p95_ms"]) != (row["quality"], row["p95_ms"])
+            for other in rows
+        )
+        best = row["name"] == report.get(f"best_{row['kind']}")
+        kind = row["kind"] if row["kind"] in ("member", "rule") else "worse"
+        role = f"best-{kind}" if best else kind
+        spots.append(plots.Spot(row["name"], row["p95_ms"], row["quality"], role, not beaten))
+    return spots

@@ -1,0 +1,167 @@
+"""Answers from an exported artifact: the best items for a user, for a history, or for everybody."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cli
+
+EXAMPLES = """  python tools/recommend.py latest --user 42 -k 10
+  python tools/recommend.py runs/quickstart/latest --history 318,296,593 --exclude 50
+  python tools/recommend.py models/films/3 --all --out recs.parquet
+"""
+
+
+def main() -> int:
+    parser = cli.parser(__doc__ or "", EXAMPLES)
+    parser.add_argument("source", metavar="RUN|ARTIFACT", help="a run's folder, an artifact's folder, or 'latest'")
+    parser.add_argument("--user", metavar="ID", help="a user of the training data")
+    parser.add_argument("--history", type=ids, default=[], metavar="ID,ID", help="items taken, for somebody unknown")
+    parser.add_argument("--exclude", type=ids, default=[], metavar="ID,ID", help="items not to return")
+    parser.add_argument("--include", type=ids, default=[], metavar="ID,ID", help="return only items of this list")
+    parser.add_argument("-k", type=int, help="how many items (default: 10, or what the artifact allows)")
+    parser.add_argument("--all", action="store_true", help="for every user of the training data; needs --out")
+    parser.add_argument("--out", type=Path, metavar="FILE.parquet", help="where --all writes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    args = parser.parse_args()
+    if args.all == (args.user is not None or bool(args.history)) or args.all != (args.out is not None):
+        parser.error("give --user or --history, or --all with --out")
+
+    import fusion.compat  # noqa: F401  (chooses Keras before TensorFlow is loaded)
+    from fusion.errors import ConfigError, GateError
+    from serving.errors import ArtifactRefused, InvalidRequest, UnknownSignature
+    from serving.predictor import Predictor
+
+    try:
+        folder = artifact(args.source)
+        predictor = Predictor.load(folder)
+        args.k = min(10, predictor.limits.k) if args.k is None else args.k
+        return everybody(args, predictor, folder) if args.all else one(args, predictor, folder)
+    except (InvalidRequest, UnknownSignature) as error:
+        raise ConfigError(str(error)) from error
+    except ArtifactRefused as error:
+        raise GateError(str(error)) from error
+
+
+def ids(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def artifact(source: str) -> Path:
+    """The artifact's folder: itself, or the newest one of a run, or of the newest run."""
+    from fusion.errors import ConfigError
+    from fusion.export.manifest import FILE_NAME
+
+    folder = Path(source)
+    if source == "latest" and not folder.exists():
+        runs = [link.resolve() for link in Path("runs").glob("*/latest")]
+        if not runs:
+            raise ConfigError("'latest' needs a run below runs/; there is none. Run tools/train.py first.")
+        folder = max(runs, key=lambda path: path.name)
+    if (folder / FILE_NAME).is_file():
+        return folder
+    from recsys.export import artifact_of
+
+    return artifact_of(folder)
+
+
+def one(args: argparse.Namespace, predictor: Any, folder: Path) -> int:
+    """Prints the list of one user or one history."""
+    from fusion.errors import DataError
+
+    titles = read_titles(folder)
+    unknown = [item for item in (*args.history, *args.exclude, *args.include) if item not in titles]
+    if unknown:
+        print(f"note: not in the catalogue, so without effect: {', '.join(unknown)}", file=sys.stderr)
+    given = {"histories": args.history, "exclude": args.exclude, "include": args.include}
+    answer = predictor.recommend([args.user or ""], k=args.k, **{name: [value] for name, value in given.items()})
+    known = bool(answer["known_user"][0])
+    if not known and not any(item in titles for item in args.history):
+        who = f"the user '{args.user}' is not" if args.user else "none of the items of --history are"
+        raise DataError(f"{who} known to {folder}; give items that they liked with --history ID,ID.")
+    if args.user and not known:
+        print(f"note: the user '{args.user}' is not known; answered from --history alone", file=sys.stderr)
+    rows = [
+        {
+            "rank": place + 1,
+            "item_id": item.decode(),
+            "title": titles.get(item.decode(), ""),
+            "score": float(answer["scores"][0, place]),
+            "contributions": dict(zip(predictor.members, answer["contributions"][0, :, place].tolist(), strict=True)),
+        }
+        for place, item in enumerate(answer["item_ids"][0])
+        if item
+    ]
+    if args.json:
+        result = {"artifact": str(folder), "user": args.user, "known_user": known, "items": rows}
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print_table(rows, predictor.members)
+    return 0
+
+
+def print_table(rows: list[dict[str, Any]], members: tuple[str, ...]) -> None:
+    """An aligned table; the contributions say how much each member added to the score."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    table = Table(box=None, pad_edge=False, caption=None if rows else "no item is left: all are seen or excluded")
+    for name in ("rank", "item_id", "title", "score", *members):
+        table.add_column(name, justify="left" if name in ("item_id", "title") else "right", no_wrap=True)
+    for row in rows:
+        shares = [f"{row['contributions'][member]:+.3f}" for member in members]
+        cells = [str(row["rank"]), row["item_id"], row["title"], f"{row['score']:.3f}", *shares]
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def everybody(args: argparse.Namespace, predictor: Any, folder: Path) -> int:
+    """Writes the lists of all users to a Parquet file."""
+    from fusion.errors import ConfigError
+    from fusion.progress import progress
+    from serving.batch import recommend_all
+
+    path = folder / "users.parquet"
+    if not path.is_file():
+        raise ConfigError(f"--all needs the artifact's list of users; {path} is not there. Export the run again.")
+    users = read_column(path, "user_id")
+    with progress("recommend", len(users), "users", quiet=args.quiet) as bar:
+        done = [0]
+
+        def advance(now: int, _: int) -> None:
+            bar.advance(now - done[0])
+            done[0] = now
+
+        summary = recommend_all(predictor, users, args.k, args.out, progress=advance)
+    facts = {"file": str(args.out), "rows": summary.rows, "users": summary.users, "seconds": round(summary.seconds, 2)}
+    text = f"{summary.rows:,} rows for {summary.users:,} of {len(users):,} users in {summary.seconds:.1f} s: {args.out}"
+    print(json.dumps(facts) if args.json else text)
+    return 0
+
+
+def read_column(path: Path, column: str) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=[column]).column(column).to_pylist()
+
+
+def read_titles(folder: Path) -> dict[str, str]:
+    """Titles by item id; an artifact of a catalogue without titles has '' for all."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "items.parquet")
+    items = table.column("item_id").to_pylist()
+    names = table.column("title").to_pylist() if "title" in table.column_names else [""] * len(items)
+    return {item: name or "" for item, name in zip(items, names, strict=True)}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    cli.run(main)
