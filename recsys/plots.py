@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 THEME = {
     # name: (light, dark). The light colours must be distinct: they are found again in the SVG by their value.
@@ -34,7 +36,7 @@ THEME = {
 """Colours by role, as (light, dark)."""
 
 _LIGHT = {name: light for name, (light, _) in THEME.items()}
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so charts look alike everywhere
     "font.size": 10.5,
     "text.parse_math": False,  # a member may be called "$x$"
@@ -87,7 +89,7 @@ def bars(entries: Sequence[Bar], label: str, *, signed: bool = False) -> Figure:
         reach = max(max(ends), 0.0) - min(*ends, 0.0) or 1.0
         for group in groups:
             if group:
-                axes.text(0.0, place, group, color=_LIGHT["muted"], va="center", fontsize=9.5)
+                axes.text(0.008 * reach, place, group, color=_LIGHT["muted"], va="center", fontsize=9.5)
                 place += 0.9
             for bar in (bar for bar in entries if bar.group == group):
                 labels.append(_shorten(bar.name))
@@ -119,7 +121,8 @@ def _bar(axes: Axes, bar: Bar, place: float, reach: float, signed: bool) -> None
     if bar.low is not None and bar.high is not None:
         axes.plot([bar.low, bar.high], [place, place], color=_LIGHT["ink"], linewidth=1.2, solid_capstyle="butt")
         end = max(end, bar.high)
-    text = format(bar.value, "+.4f" if signed else ".4f").replace("-", "\N{MINUS SIGN}")
+    places = ".4f" if abs(bar.value) < 10 else ".1f"
+    text = format(bar.value, ("+" if signed else "") + places).replace("-", "\N{MINUS SIGN}")
     weight = "bold" if bar.role.startswith("best") else "normal"
     axes.text(end + 0.015 * reach, place, text, va="center", fontsize=9.5, fontweight=weight)
 
@@ -127,7 +130,9 @@ def _bar(axes: Axes, bar: Bar, place: float, reach: float, signed: bool) -> None
 def curves(members: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """One row per member: losses by epoch on the left, everything else that was measured on the right."""
     with _styled():
-        figure = Figure(figsize=(2 * _INCHES, 0.3 + 1.75 * len(members)), layout="constrained")
+        figure = Figure(
+            figsize=(2 * _INCHES, 0.3 + 1.75 * len(members)), layout=ConstrainedLayoutEngine(hspace=0.08, wspace=0.05)
+        )
         grid = figure.subplots(len(members), 2, squeeze=False)
         for (name, epochs), (left, right) in zip(members.items(), grid, strict=True):
             keys = [key for key in dict.fromkeys(k for row in epochs for k in row) if _is_curve(key, epochs)]
@@ -154,14 +159,21 @@ def _curve(axes: Axes, epochs: Sequence[Mapping[str, float]], keys: Sequence[str
         numbers, values = zip(*((number, value) for number, value in points if value is not None), strict=True)
         axes.plot(numbers, values, color=_LIGHT[role], linewidth=1.8, marker="o", markersize=3)
         axes.annotate(
-            _shorten(key), (numbers[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
-            va="center", fontsize=9, color=_LIGHT[role],
+            _shorten(key),
+            (numbers[-1], values[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=_LIGHT[role],
         )
     axes.grid(axis="y", color=_LIGHT["grid"], linewidth=0.8)
-    axes.margins(x=0.16)
-    axes.set_xlim(left=axes.get_xlim()[0] + 0.12 * np.ptp(axes.get_xlim()))
+    last = max(row.get("epoch", index) for index, row in enumerate(epochs, 1))
+    axes.set_xlim(1 - 0.03 * last, 1.2 * last)  # room on the right for the names of the lines
+    axes.xaxis.set_major_locator(
+        FixedLocator([t for t in MaxNLocator(6, integer=True).tick_values(1, last) if 1 <= t <= last])
+    )
     axes.tick_params(length=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.locator_params(axis="y", nbins=4)
 
 
@@ -183,17 +195,28 @@ def trade_off(spots: Sequence[Spot], cost: str, quality: str) -> Figure:
         front = sorted((spot for spot in spots if spot.best), key=lambda spot: spot.cost)
         if len(front) > 1:
             axes.step(
-                [spot.cost for spot in front], [spot.quality for spot in front], where="post",
-                color=_LIGHT["grid"], linewidth=2, zorder=1,
+                [spot.cost for spot in front],
+                [spot.quality for spot in front],
+                where="post",
+                color=_LIGHT["grid"],
+                linewidth=2,
+                zorder=1,
             )
         for spot in spots:
             axes.scatter(spot.cost, spot.quality, s=64, color=_LIGHT[spot.role], zorder=3, linewidths=0)
         for spot, shift in zip(spots, _label_shifts(spots), strict=True):
             axes.annotate(
-                _shorten(spot.name), (spot.cost, spot.quality), xytext=(8, shift), textcoords="offset points",
-                va="center", fontsize=9, color=_LIGHT["ink" if spot.best else "muted"],
+                _shorten(spot.name),
+                (spot.cost, spot.quality),
+                xytext=(8, shift),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=_LIGHT["ink" if spot.best else "muted"],
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(cost)
         axes.set_ylabel(quality)
         axes.margins(x=0.22, y=0.12)
@@ -296,4 +319,3 @@ def _shorten(text: str, length: int = 26) -> str:
     """A label that fits; control characters, which XML forbids, are replaced."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text)
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-

@@ -73,9 +73,8 @@ def _comparison(report: Mapping[str, Any], order: Sequence[str]) -> list[dict[st
         reach = max(abs(found["low"]), abs(found["high"]), 1e-12)
         low, high = (50 + 46 * found[end] / reach for end in ("low", "high"))
         sign = 1 if higher_is_better(metric) else -1
-        better, worse = min(sign * found["low"], sign * found["high"]) > 0, max(
-            sign * found["low"], sign * found["high"]
-        ) < 0
+        better = min(sign * found["low"], sign * found["high"]) > 0
+        worse = max(sign * found["low"], sign * found["high"]) < 0
         result.append(
             {
                 "metric": metric,
@@ -106,7 +105,10 @@ def _table(report: Mapping[str, Any], members: Figures, rules: Figures, order: S
             "kind": kind,
             "chosen": name in chosen,
             "cells": [
-                {**figures.get(metric, {}), "best": value_of(figures, metric) is not None and value_of(figures, metric) == best[metric]}
+                {
+                    **figures.get(metric, {}),
+                    "best": value_of(figures, metric) is not None and value_of(figures, metric) == best[metric],
+                }
                 for metric in columns
             ],
         }
@@ -155,16 +157,18 @@ def _strength(value: float | None, all_values: Mapping[str, float | None], metri
 
 
 def _weights(weights: Mapping[str, Mapping[str, float]], members: Sequence[str]) -> dict[str, Any]:
-    """Rules by members; each bar is as long as its share of the rule's largest weight."""
-    columns = [name for name in members if any(name in by_member for by_member in weights.values())]
-    rows = []
-    for rule, by_member in weights.items():
-        largest = max((abs(weight) for weight in by_member.values()), default=0.0) or 1.0
-        cells = [
-            {"value": by_member.get(name), "width": 100 * abs(by_member.get(name, 0.0)) / largest} for name in columns
-        ]
-        rows.append({"rule": rule, "cells": cells})
-    return {"columns": columns, "rows": rows if columns else []}
+    """Members by learned rules; each bar is as long as its share of the rule's largest weight."""
+    rules = [rule for rule, by_member in weights.items() if by_member]
+    largest = {rule: max(abs(weight) for weight in weights[rule].values()) or 1.0 for rule in rules}
+    rows = [
+        {"member": name, "cells": [_weight(weights[rule].get(name), largest[rule]) for rule in rules]}
+        for name in members
+    ]
+    return {"columns": rules, "rows": rows if rules else []}
+
+
+def _weight(weight: float | None, largest: float) -> dict[str, Any]:
+    return {"value": weight, "width": 100 * abs(weight or 0.0) / largest}
 
 
 def _cost(report: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
@@ -200,9 +204,7 @@ def _examples(examples: Sequence[Example]) -> list[dict[str, Any]]:
         recommended = [_recommended(item, next(pictures)) for item in example.recommended]
         _place_contributions(recommended)
         pictured = any(item["picture"] for item in (*history, *recommended))
-        result.append(
-            {"user": example.user, "history": history, "recommended": recommended, "pictured": pictured}
-        )
+        result.append({"user": example.user, "history": history, "recommended": recommended, "pictured": pictured})
     return result
 
 
@@ -238,9 +240,7 @@ def _place_contributions(items: Sequence[dict[str, Any]]) -> None:
 
 def _mistakes(mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
     pictures = thumbnails([mistake.image for mistake in mistakes])
-    return [
-        {"mistake": mistake, "picture": picture} for mistake, picture in zip(mistakes, pictures, strict=True)
-    ]
+    return [{"mistake": mistake, "picture": picture} for mistake, picture in zip(mistakes, pictures, strict=True)]
 
 
 def _confused(extras: ReportExtras, most: int = 10) -> list[dict[str, Any]]:

@@ -39,20 +39,17 @@ def verdict(report: Mapping[str, Any], metric: str) -> Verdict:
     low, high = sorted((sign * found["low"], sign * found["high"]))
     by = (
         f"{signed(found['difference'])} [{signed(found['low'])}, {signed(found['high'])}] "
-        f"(95 % paired bootstrap, {found['n']} {rows_are(metric)})"
+        f"(95\N{NO-BREAK SPACE}% paired bootstrap, {found['n']} {rows_are(metric)})"
     )
-    names = f"The rule '{rule}'", f"the best member '{member}'"
+    details = tuple(_qualifications(report, metric, found["n"]))
+    pair = f"rule '{rule}'", f"best member '{member}' on {metric}"
     if low > 0:
-        tone, sentence = "good", f"{names[0]} beats {names[1]} on {metric} by {by}."
-    elif high < 0:
-        tone, sentence = "bad", f"Fusing did not pay: {names[0][0].lower()}{names[0][1:]} falls behind {names[1]} on {metric}, by {by}."
-    else:
-        tone, sentence = (
-            "open",
-            f"Whether fusing paid is not settled: {names[0][0].lower()}{names[0][1:]} differs from {names[1]} "
-            f"on {metric} by {by}, and that interval holds zero.",
-        )
-    return Verdict(tone, sentence, tuple(_qualifications(report, metric, found["n"])))
+        return Verdict("good", f"The {pair[0]} beats the {pair[1]} by {by}.", details)
+    if high < 0:
+        return Verdict("bad", f"Fusing did not pay: the {pair[0]} falls behind the {pair[1]} by {by}.", details)
+    return Verdict(
+        "open", f"Not settled: the {pair[0]} differs from the {pair[1]} by {by}, which includes zero.", details
+    )
 
 
 def _qualifications(report: Mapping[str, Any], metric: str, n: int) -> Iterator[str]:
@@ -62,7 +59,7 @@ def _qualifications(report: Mapping[str, Any], metric: str, n: int) -> Iterator[
     before, after = values.get(member), values.get(rule)
     if before is not None and after is not None:
         change = f", {signed(100 * (after - before) / before, 1)} %" if before > 0 else ""
-        yield f"From {number(before)} to {number(after)}{change}. Both were chosen on validation and are measured on test."
+        yield f"From {number(before)} to {number(after)}{change}. Chosen on validation, measured on test."
     best = best_of(values, metric)
     if best is not None and after is not None and best not in (rule, member) and values[best] != after:
         yield f"On test, '{best}' reaches {number(values[best])}, but validation did not choose it."
@@ -92,17 +89,21 @@ def number(value: Any, digits: int = 4) -> str:
     >>> number(0.123456), number(12.3456), number(123456), number(None)
     ('0.1235', '12.35', '123,456', '–')
     """
-    if value is None or isinstance(value, float) and not math.isfinite(value):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NOTHING
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}".replace("-", MINUS)
-    places = digits if abs(value) < 10 else 2
-    return f"{value:.{places}f}".replace("-", MINUS)
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", MINUS)
+    return f"{value:,.{_places(value, digits)}f}".replace("-", MINUS)
 
 
 def signed(value: float | None, digits: int = 4) -> str:
     """A difference with its sign."""
-    return NOTHING if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
+    return NOTHING if value is None else f"{value:+,.{_places(value, digits)}f}".replace("-", MINUS)
+
+
+def _places(value: float, digits: int) -> int:
+    """Fewer decimals for larger figures: 0.1234, 12.34, 1,234."""
+    return digits if abs(value) < 10 else min(digits, 2) if abs(value) < 1000 else 0
 
 
 def bytes_of(value: float | None) -> str:
@@ -134,6 +135,7 @@ def seconds_of(value: float | None) -> str:
 
 
 def value_of(figures: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:
+    """A system's value of a metric, None where it is absent or undefined."""
     found = figures.get(metric, {}).get("value")
     return None if found is None or not math.isfinite(found) else float(found)
 

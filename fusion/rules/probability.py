@@ -117,9 +117,7 @@ class Probability(Rule):
 
         loss, every = RowLoss(of_rows, rows), np.eye(members + 1)
         equal = minimise(loss, rows, np.zeros(members + 1), every[members:], [SCALES])
-        fitted = minimise(
-            loss, rows, equal.parameters, every, [*[LOGARITHMS] * members, (None, None)], penalty
-        )
+        fitted = minimise(loss, rows, equal.parameters, every, [*[LOGARITHMS] * members, (None, None)], penalty)
         self._numbers["weights"].assign(numpy_softmax(fitted.parameters[:members]))
         return {
             "loss_before": loss.mean(equal.parameters, rows)[0],

@@ -114,18 +114,14 @@ class Stacker(Rule):
         """Classes: log-probabilities `[B, S, C]`; candidates: feature after feature, `[B, F·S, C]`."""
         if self.over == "classes":
             return self._log_probabilities(scores, mask)
-        features = [
-            over_candidates(kind, scores, mask, self.config.top_n, 1.0) for kind in self.config.features
-        ]
+        features = [over_candidates(kind, scores, mask, self.config.top_n, 1.0) for kind in self.config.features]
         return features[0] if len(features) == 1 else tf.concat(features, axis=1)
 
     def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
         """The learned terms, and the bias of classes where a member speaks."""
         speaks = speaking(features[:, : len(self.members)], mask)
         numbers = self._numbers
-        terms, voiced = stack(
-            features, speaks, numbers["weights"], numbers["influence"], numbers["compensation"]
-        )
+        terms, voiced = stack(features, speaks, numbers["weights"], numbers["influence"], numbers["compensation"])
         bias = self._voiceless(voiced, tf.shape(features)[2])
         if self.over == "classes":
             bias += tf.where(voiced, numbers["bias"], 0.0)
@@ -229,8 +225,7 @@ class Stacker(Rule):
         return {
             "weights": self._by_member(self._numbers["influence"].numpy()),
             "coefficients": {
-                feature: self._by_member(values)
-                for feature, values in zip(self._features, coefficients, strict=True)
+                feature: self._by_member(values) for feature, values in zip(self._features, coefficients, strict=True)
             },
             "compensation": float(self._numbers["compensation"].numpy()),
         }

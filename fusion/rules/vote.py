@@ -73,9 +73,7 @@ class Vote(Rule):
 
     def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
         """The mean of ballots or of points."""
-        return self._weighted_mean(
-            self._ballots(features) if self.over == "classes" else features, mask, self._weights
-        )
+        return self._weighted_mean(self._ballots(features) if self.over == "classes" else features, mask, self._weights)
 
     def _ballots(self, log_probabilities: Any) -> Any:
         """One vote a member, with a little of its probabilities to break ties, `[B, S, C]`."""

@@ -97,7 +97,8 @@ def fit(
 
     Args:
         model: the model whose trainable variables are fitted, built in the scope of `options.strategy`.
-        loss: batch -> float [b], the loss of each example; called inside `tf.function`, once per replica.
+        loss: batch -> float [b], the loss of each example; called inside `tf.function`, once per replica
+            and with its share of the rows alone, so negatives taken from the batch are those of the share.
         data: named arrays [n, ...], or (n, gather) for what is too large for memory.
         settings: how to train.
         options: seed, directory, strategy, quiet.

@@ -68,9 +68,7 @@ def silenced(scores: np.ndarray, over: Over) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "over", "options"), CASES)
 class TestRule:
-    def test_contributions_sum_to_the_fused_score(
-        self, name: str, over: Over, options: dict[str, Any]
-    ) -> None:
+    def test_contributions_sum_to_the_fused_score(self, name: str, over: Over, options: dict[str, Any]) -> None:
         rule = make(name, over, options)
         for scores in (random_scores(), silenced(random_scores(1), over)):
             fused = rule(scores).numpy()
@@ -80,9 +78,7 @@ class TestRule:
             np.testing.assert_array_equal(rule.terms(scores).numpy(), terms.numpy())
             assert np.isfinite(terms.numpy()).all() and np.isfinite(fused).all()
 
-    def test_every_subset_is_the_rule_over_the_subset(
-        self, name: str, over: Over, options: dict[str, Any]
-    ) -> None:
+    def test_every_subset_is_the_rule_over_the_subset(self, name: str, over: Over, options: dict[str, Any]) -> None:
         """H8: the fused score is defined for any non-empty subset and equals renormalised weights."""
         scores, whole = random_scores(2), make(name, over, options)
         for size in (1, 2):
@@ -107,9 +103,7 @@ class TestRule:
         np.testing.assert_allclose(rule(filled, mask=mask).numpy(), rule(holes).numpy(), rtol=1e-6, atol=1e-6)
         assert not np.allclose(rule(scores).numpy(), rule(holes).numpy())
 
-    def test_the_order_of_members_does_not_matter(
-        self, name: str, over: Over, options: dict[str, Any]
-    ) -> None:
+    def test_the_order_of_members_does_not_matter(self, name: str, over: Over, options: dict[str, Any]) -> None:
         scores = silenced(random_scores(4), over)
         expected = make(name, over, options)(scores).numpy()
         for order in permutations(range(3)):
@@ -117,9 +111,7 @@ class TestRule:
             fused = permuted(scores[:, list(order)]).numpy()
             np.testing.assert_allclose(fused, expected, rtol=1e-5, atol=1e-5)
 
-    def test_weight_zero_is_leaving_the_member_out(
-        self, name: str, over: Over, options: dict[str, Any]
-    ) -> None:
+    def test_weight_zero_is_leaving_the_member_out(self, name: str, over: Over, options: dict[str, Any]) -> None:
         if "weights" not in RULES[name].Config.model_fields:
             pytest.skip("takes no weights; tests/fusion/test_rules.py shows it on learned ones")
         scores = silenced(random_scores(5), over)
@@ -170,9 +162,7 @@ class TestRule:
         expected = rule(scores).numpy()[:, [5, 1, 2]]
         np.testing.assert_allclose(rule.fuse(features).numpy(), expected, rtol=1e-5, atol=1e-6)
 
-    def test_large_scores_and_their_masks_are_safe(
-        self, name: str, over: Over, options: dict[str, Any]
-    ) -> None:
+    def test_large_scores_and_their_masks_are_safe(self, name: str, over: Over, options: dict[str, Any]) -> None:
         rule, scores = make(name, over, options), random_scores(10)
         lowest = np.where(np.arange(7) == 3, np.finfo(np.float32).min, scores).astype(np.float32)
         if over == "candidates":  # the mask of other people's models
@@ -186,9 +176,7 @@ class TestRule:
         assert again.config == rule.config and again.members == MEMBERS
         np.testing.assert_array_equal(again(scores).numpy(), rule(scores).numpy())
 
-    def test_learned_numbers_survive_a_round_trip(
-        self, name: str, over: Over, options: dict[str, Any]
-    ) -> None:
+    def test_learned_numbers_survive_a_round_trip(self, name: str, over: Over, options: dict[str, Any]) -> None:
         """State is numbers only, and refuses what is not its own."""
         rule, scores = make(name, over, options), random_scores(12, (60, 3, 7))
         labels = np.random.default_rng(0).integers(0, 7, 60)

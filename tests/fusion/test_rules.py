@@ -78,9 +78,7 @@ def test_arithmetic_mean_is_keras_average_of_probabilities() -> None:
         ([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.4, 0.2, 0.4]], None, 0),  # equal logits: the lower number
     ],
 )
-def test_vote_of_classes_by_hand(
-    votes: list[list[float]], weights: dict[str, float] | None, winner: int
-) -> None:
+def test_vote_of_classes_by_hand(votes: list[list[float]], weights: dict[str, float] | None, winner: int) -> None:
     """H2: majority, weights, and the tie rule: the tied class with the higher mean probability."""
     rule = make("vote", "classes", weights=weights)
     fused = rule(logits(*(np.maximum(vote, 1e-6).tolist() for vote in votes))).numpy()[0]
@@ -245,9 +243,7 @@ def informative_candidates(users: int, seed: int, items: int = 40) -> tuple[np.n
     taken = (taste + 0.4 * rng.gumbel(size=taste.shape)).argmax(axis=1)
     noise = rng.normal(size=(users, 2, items))
     known = taste + 0.3 * rng.normal(size=taste.shape)
-    return np.concatenate([known[:, None], noise], axis=1).astype(np.float32), np.eye(items, dtype=bool)[
-        taken
-    ]
+    return np.concatenate([known[:, None], noise], axis=1).astype(np.float32), np.eye(items, dtype=bool)[taken]
 
 
 def auc(fused: np.ndarray, positives: np.ndarray) -> float:
@@ -413,9 +409,7 @@ def test_importance_weights_stand_for_left_out_candidates() -> None:
     rule = make("probability", "candidates", shrinkage=0.0)
     report = rule.fit(sampled, None, labels, counts)
     assert report["loss_after"] == pytest.approx(expected["loss_after"], abs=0.2)
-    assert (
-        rule.fit(sampled, None, labels)["loss_after"] < expected["loss_after"] - 0.5
-    )  # unweighted: too easy
+    assert rule.fit(sampled, None, labels)["loss_after"] < expected["loss_after"] - 0.5  # unweighted: too easy
     for member, weight in expected["weights"].items():
         assert report["weights"][member] == pytest.approx(weight, abs=0.05)
 
