@@ -29,7 +29,7 @@ class Question:
     """What is asked of a ranking for one part of the split.
 
     Attributes:
-        history: `[U, I]` positives that are known when answering.
+        history: `[U, I]` positives that are known when answering, those of a user in the order of time.
         seen: `[U, I]` everything the user has met: never a candidate.
         relevant: `[U, I]` what the user took in this part.
         candidates: bool `[I]`: the items that may be recommended.
@@ -78,7 +78,7 @@ def blocks(matrix: sparse.csr_matrix, users: np.ndarray) -> Iterator[tuple[np.nd
 
 
 def history_rows(matrix: sparse.csr_matrix, users: np.ndarray) -> np.ndarray:
-    """The columns of the given rows, int32 `[B, L]`, padded with -1 to the longest (at least 1)."""
+    """The columns of the given rows in their order, int32 `[B, L]`, padded with -1 to the longest (at least 1)."""
     part = matrix[users]
     lengths = np.diff(part.indptr)
     result = np.full((len(users), max(int(lengths.max(initial=0)), 1)), PADDING, np.int32)

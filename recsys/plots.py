@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 THEME = {
     # name: (light, dark). The light colours must be distinct: they are found again in the SVG by their value.
@@ -54,7 +54,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "report",  # equal charts give equal bytes
 }
-_INCHES = 5.8  # the width of a column of the page at 100 dots an inch
+_INCHES = 5.0  # the width of a column of the page at 100 dots an inch
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,19 @@ def _curve(axes: Axes, epochs: Sequence[Mapping[str, float]], keys: Sequence[str
         axes.set_axis_off()
         axes.text(0.0, 0.8, "nothing measured", transform=axes.transAxes, color=_LIGHT["muted"], fontsize=9.5)
         return
+    ends = []
     for key, role in zip(keys, ("best-rule", "best-member", "worse", "muted"), strict=False):
         points = [(row.get("epoch", index), _number(row.get(key))) for index, row in enumerate(epochs, 1)]
         numbers, values = zip(*((number, value) for number, value in points if value is not None), strict=True)
         axes.plot(numbers, values, color=_LIGHT[role], linewidth=1.8, marker="o", markersize=3)
+        ends.append((key, role, numbers[-1], values[-1]))
+    unit = (np.ptp(axes.get_ylim()) or 1.0) / 90.0  # the axes are about 90 points high
+    heights = _spread([value / unit for *_, value in ends])
+    for (key, role, number, value), height in zip(ends, heights, strict=True):
         axes.annotate(
             _shorten(key),
-            (numbers[-1], values[-1]),
-            xytext=(6, 0),
+            (number, value),
+            xytext=(6, height - value / unit),
             textcoords="offset points",
             va="center",
             fontsize=9,
@@ -215,6 +220,9 @@ def trade_off(spots: Sequence[Spot], cost: str, quality: str) -> Figure:
                 color=_LIGHT["ink" if spot.best else "muted"],
             )
         axes.set_xscale("log")
+        costs = [spot.cost for spot in spots]
+        steps = (1.0, 2.0, 5.0) if max(costs) < 30 * min(costs) else (1.0,)
+        axes.xaxis.set_major_locator(LogLocator(subs=steps))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(cost)
@@ -227,18 +235,25 @@ def trade_off(spots: Sequence[Spot], cost: str, quality: str) -> Figure:
 
 
 def _label_shifts(spots: Sequence[Spot]) -> list[float]:
-    """Points by which each label moves up or down so that labels of near systems do not cover each other."""
-    heights = np.array([spot.quality for spot in spots])
-    unit = (np.ptp(heights) or 1.0) / 170.0  # the axes are about 170 points high
-    taken: list[tuple[float, float]] = []
-    shifts = {}
-    for index in np.argsort(heights):
-        wanted, logarithm = heights[index] / unit, np.log10(spots[index].cost)
-        near = [height for height, other in taken if abs(other - logarithm) < 0.6]
-        placed = max([wanted, *(height + 11.0 for height in near if height + 11.0 > wanted)])
-        taken.append((placed, logarithm))
-        shifts[int(index)] = float(placed - wanted)
-    return [shifts[index] for index in range(len(spots))]
+    """Points by which each label moves up so that labels of systems that cost about the same stay apart."""
+    unit = (np.ptp([spot.quality for spot in spots]) or 1.0) / 170.0  # the axes are about 170 points high
+    wanted = [spot.quality / unit for spot in spots]
+    placed = _spread(wanted, [float(np.log10(spot.cost)) for spot in spots], near=0.6)
+    return [height - want for height, want in zip(placed, wanted, strict=True)]
+
+
+def _spread(heights: Sequence[float], beside: Sequence[float] | None = None, near: float = 1.0) -> list[float]:
+    """Lifts labels, from the lowest up, until those that stand beside each other are a line (11 points) apart."""
+    places = [0.0] * len(heights) if beside is None else beside
+    placed: dict[int, float] = {}
+    for index in sorted(range(len(heights)), key=lambda label: heights[label]):
+        height = heights[index]
+        for other in sorted(placed.values()):
+            crosses = any(placed[o] == other and abs(places[o] - places[index]) < near for o in placed)
+            if crosses and abs(other - height) < 11.0:
+                height = other + 11.0
+        placed[index] = height
+    return [placed[index] for index in range(len(heights))]
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:

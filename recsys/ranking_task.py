@@ -186,7 +186,7 @@ class RankingTask:
     def ranker(self, rules: dict[str, Rule]) -> Ranker:
         """Ranks by all members and the given rules, lists as long as the longest metric needs."""
         longest = max((parse_metric(name, "candidates").k or 10) for name in self.experiment.metrics)
-        return Ranker(self.member_scores, rules, min(longest, self.interactions.shape[1]))
+        return Ranker(self.member_scores, rules, longest)
 
     def catalogue(self) -> Catalogue:
         """Facts about items for the metrics beyond accuracy: training counts and content vectors."""

@@ -122,12 +122,12 @@ class ServedRecommender(tf.Module):
         return answer
 
     def _once(self, numbers: tf.Tensor) -> tf.Tensor:
-        """`[B, L]` with each number kept where it first stands and -1 elsewhere: a history is a set."""
+        """`[B, L]` with each number kept where it stands last and -1 elsewhere."""
         batch, length = tf.unstack(tf.shape(numbers))
         cells = self._cells(numbers)
         places = tf.broadcast_to(tf.range(length)[None], [batch, length])
-        first = tf.tensor_scatter_nd_min(tf.fill([batch, self.items + 1], length), cells, places)
-        return tf.where(tf.gather_nd(first, cells) == places, numbers, PADDING)
+        last = tf.tensor_scatter_nd_max(tf.fill([batch, self.items + 1], -1), cells, places)
+        return tf.where(tf.gather_nd(last, cells) == places, numbers, PADDING)
 
     def _cells(self, numbers: tf.Tensor) -> tf.Tensor:
         """`[B, N, 2]`: row and column of each number in a matrix `[B, I + 1]`; -1 has the last column."""

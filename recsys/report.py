@@ -62,6 +62,7 @@ def _environment(*, html: bool) -> jinja2.Environment:
         "seconds": say.seconds_of,
         "words": say.words,
         "shorten": say.shorten,
+        "listed": say.listed,
     }
     return environment
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from recsys import plots
 from recsys.report_content import Example, Mistake, Recommended, ReportExtras
-from recsys.report_words import Figures, best_of, higher_is_better, rows_are, value_of, verdict
-from recsys.thumbnails import thumbnails
+from recsys.report_words import Figures, higher_is_better, rows_are, value_of, verdict
+from recsys.thumbnails import Picture, Thumbnail, thumbnails
 
 MOST_CLASSES = 40
 """Above this many classes a confusion matrix is a grey square; the table of confused pairs is shown alone."""
@@ -23,7 +23,8 @@ def view_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Any]:
     validation = report.get("validation", {})
     order = _metric_order(extras.metric, members, rules)
     return {
-        "report": report,
+        "report": {"dataset": {}, "split": {}, **report},
+        "title": extras.name or report.get("dataset", {}).get("name") or "run",
         "extras": extras,
         "metric": extras.metric,
         "rows": rows_are(extras.metric),
@@ -93,11 +94,7 @@ def _table(report: Mapping[str, Any], members: Figures, rules: Figures, order: S
     """Rows of systems by columns of metrics, the best of each column marked."""
     systems = {**members, **rules}
     columns = [metric for metric in order if any(metric in figures for figures in systems.values())]
-    best = {}
-    for metric in columns:
-        values = {name: value_of(figures, metric) for name, figures in systems.items()}
-        winner = best_of(values, metric)
-        best[metric] = None if winner is None else values[winner]
+    best = {metric: _winning(_column(systems, metric), metric) for metric in columns}
     chosen = {report.get("best_member"), report.get("best_rule")}
     rows = [
         {
@@ -105,11 +102,7 @@ def _table(report: Mapping[str, Any], members: Figures, rules: Figures, order: S
             "kind": kind,
             "chosen": name in chosen,
             "cells": [
-                {
-                    **figures.get(metric, {}),
-                    "best": value_of(figures, metric) is not None and value_of(figures, metric) == best[metric],
-                }
-                for metric in columns
+                {**figures.get(metric, {}), "best": value_of(figures, metric) in best[metric]} for metric in columns
             ],
         }
         for kind, part in (("member", members), ("rule", rules))
@@ -131,16 +124,28 @@ def _segments(report: Mapping[str, Any], metric: str) -> dict[str, Any]:
         cells = []
         for column in columns:
             systems = parts[column["name"]]
-            values = {name: value_of(figures, metric) for name, figures in systems.items()}
+            values = _column(systems, metric)
             cells.append(
                 {
                     **systems.get(system, {}).get(metric, {}),
-                    "best": values.get(system) is not None and values[system] == values[best_of(values, metric) or ""],
+                    "best": values.get(system) in _winning(values, metric),
                     "strength": _strength(values.get(system), values, metric),
                 }
             )
         rows.append({"name": system, "kind": kind, "cells": cells})
     return {"columns": columns, "rows": rows if columns else []}
+
+
+def _column(systems: Figures, metric: str) -> dict[str, float | None]:
+    return {name: value_of(figures, metric) for name, figures in systems.items()}
+
+
+def _winning(values: Mapping[str, float | None], metric: str) -> tuple[float, ...]:
+    """The best value of a column, alone in a tuple; empty where all are equal and none deserves to stand out."""
+    defined = [value for value in values.values() if value is not None]
+    if not defined or (len(defined) > 1 and min(defined) == max(defined)):
+        return ()
+    return (max(defined) if higher_is_better(metric) else min(defined),)
 
 
 def _largest_n(systems: Figures, metric: str) -> int:
@@ -195,20 +200,35 @@ def _beats(a: Mapping[str, Any], b: Mapping[str, Any], sign: int) -> bool:
 
 
 def _examples(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    pictures = iter(
-        thumbnails([shown.image for example in examples for shown in (*example.history, *example.recommended)])
-    )
+    wanted: list[Picture] = []
+    for example in examples:
+        wanted += [item.image for item in example.history]
+        wanted += [item.image for item in example.recommended]
+    pictures = iter(thumbnails(wanted))
     result = []
     for example in examples:
         history = [{"title": item.title, "picture": next(pictures)} for item in example.history]
         recommended = [_recommended(item, next(pictures)) for item in example.recommended]
         _place_contributions(recommended)
-        pictured = any(item["picture"] for item in (*history, *recommended))
-        result.append({"user": example.user, "history": history, "recommended": recommended, "pictured": pictured})
+        pictures_shown = [item["picture"] for item in (*history, *recommended) if item["picture"]]
+        result.append(
+            {
+                "user": example.user,
+                "history": history,
+                "recommended": recommended,
+                "pictured": bool(pictures_shown),
+                "square": _mostly_square(pictures_shown),
+            }
+        )
     return result
 
 
-def _recommended(item: Recommended, picture: str | None) -> dict[str, Any]:
+def _mostly_square(pictures: Sequence[Thumbnail]) -> bool:
+    """Whether tiles should be square rather than upright, as posters are."""
+    return 2 * sum(picture.width > 0.85 * picture.height for picture in pictures) > len(pictures)
+
+
+def _recommended(item: Recommended, picture: Thumbnail | None) -> dict[str, Any]:
     parts = {name: float(value) for name, value in item.contributions.items() if math.isfinite(value)}
     return {
         "title": item.title,

@@ -153,6 +153,12 @@ def words(name: str) -> str:
     return str(name).replace("_", " ")
 
 
+def listed(values: Any) -> str:
+    """A sequence or a mapping in one line: `a 1 · b 2`."""
+    entries = [f"{key} {value}" for key, value in values.items()] if isinstance(values, Mapping) else map(str, values)
+    return " \N{MIDDLE DOT} ".join(entries)
+
+
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 

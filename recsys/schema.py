@@ -91,9 +91,15 @@ class Interactions:
         return len(self.user_ids), len(self.item_ids)
 
     def matrix(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """The chosen rows (bool mask or row ids) as a `[U, I]` matrix of ones, float32."""
-        users, items = self.users[rows], self.items[rows]
-        ones = np.ones(len(users), np.float32)
-        result = sparse.csr_matrix((ones, (users, items)), shape=self.shape)
-        result.data[:] = 1.0  # a pair that stands twice counts once
-        return result
+        """The chosen rows (bool mask or row ids) as a `[U, I]` matrix of ones, float32.
+
+        The items of a user stand in the order in which they were taken (cleaning sorts rows by time): what is a
+        history to members that read sequences. A pair that stands twice counts once, where it stands last.
+        """
+        users, items = self.users[rows].astype(np.int64), self.items[rows]
+        _, last = np.unique((users * self.shape[1] + items)[::-1], return_index=True)
+        kept = np.sort(len(users) - 1 - last)
+        kept = kept[np.argsort(users[kept], kind="stable")]
+        starts = np.concatenate([[0], np.cumsum(np.bincount(users[kept], minlength=self.shape[0]))])
+        ones = np.ones(len(kept), np.float32)
+        return sparse.csr_matrix((ones, items[kept].astype(np.int32), starts.astype(np.int32)), shape=self.shape)

@@ -71,9 +71,7 @@ def paired_difference(
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
-        raise DataError(
-            f"a paired comparison needs the same users on both sides; received {a.shape} and {b.shape}."
-        )
+        raise DataError(f"a paired comparison needs the same users on both sides; received {a.shape} and {b.shape}.")
     found = interval(a - b, samples, seed, level)
     return {"difference": found["value"], "low": found["low"], "high": found["high"], "n": found["n"]}
 
@@ -90,7 +88,5 @@ def _resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
     step = max(1, _DRAWS_AT_ONCE // len(values))
     for start in range(0, samples, step):
         count = min(step, samples - start)
-        means[start : start + count] = values[random.integers(len(values), size=(count, len(values)))].mean(
-            axis=1
-        )
+        means[start : start + count] = values[random.integers(len(values), size=(count, len(values)))].mean(axis=1)
     return means

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,7 +21,15 @@ SIDE = 168
 """Pixels; twice what the page shows, for dense screens."""
 
 
-def thumbnails(pictures: Sequence[Picture]) -> list[str | None]:
+class Thumbnail(NamedTuple):
+    """A small picture: its `data:` address and its size in pixels."""
+
+    address: str
+    width: int
+    height: int
+
+
+def thumbnails(pictures: Sequence[Picture]) -> list[Thumbnail | None]:
     """A JPEG of at most 168 × 168 pixels for each picture, its proportions kept (arrays become squares).
 
     A picture that is missing, damaged or dangerously large gives None: a report does not fail over a picture.
@@ -28,7 +37,7 @@ def thumbnails(pictures: Sequence[Picture]) -> list[str | None]:
     # Arrays are read together, because what counts as white depends on all of them.
     arrays = [index for index, picture in enumerate(pictures) if isinstance(picture, np.ndarray)]
     images, usable, _ = load_images([pictures[index] for index in arrays], SIDE)
-    result: list[str | None] = [None] * len(pictures)
+    result: list[Thumbnail | None] = [None] * len(pictures)
     for index, image, ok in zip(arrays, images, usable, strict=True):
         result[index] = _as_data(Image.fromarray(image)) if ok else None
     for index, picture in enumerate(pictures):
@@ -37,7 +46,7 @@ def thumbnails(pictures: Sequence[Picture]) -> list[str | None]:
     return result
 
 
-def _of_file(path: Path) -> str | None:
+def _of_file(path: Path) -> Thumbnail | None:
     try:
         if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
             return None
@@ -53,7 +62,8 @@ def _of_file(path: Path) -> str | None:
     return _as_data(Image.alpha_composite(white, upright).convert("RGB"))
 
 
-def _as_data(image: Image.Image) -> str:
+def _as_data(image: Image.Image) -> Thumbnail:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=78, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Thumbnail(address, *image.size)

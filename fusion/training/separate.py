@@ -29,7 +29,7 @@ _LABEL = "label"
 class ClassifierTraining(TrainingSettings):
     """How a classifier is fitted."""
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability that is spread evenly over all classes."""
     monitor: Literal["accuracy", "log_loss"] = "accuracy"
     """The validation metric that decides on the best epoch, patience and target."""
@@ -99,7 +99,6 @@ def train_classifier(
     Without `validation` all epochs are done and the last one is kept. Embeddings of a frozen encoder are kept
     under `cache_dir`. Raises DataError for labels that do not fit.
     """
-
 
     def prepared(part: Examples, name: str) -> _Prepared:
         part.check(classes, name)

@@ -45,29 +45,29 @@ _MOST_STEPS_PER_CALL = 64
 class TrainingSettings(Settings):
     """How a model is fitted."""
 
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(default=10, ge=1)
     """Passes over the training rows, at most."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Rows of a step, over all devices together."""
     optimizer: Literal["adam", "sgd", "adagrad"] = "adam"
     """The rule by which gradients change weights."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Full learning rate, before the schedule."""
-    momentum: float = Field(0.0, ge=0, lt=1)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of sgd."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Share of each weight, times the learning rate, taken off per step (decoupled from the gradient)."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of all gradients together; None leaves them as they are."""
     schedule: ScheduleSettings = ScheduleSettings()
     """How the learning rate moves."""
-    patience: int = Field(0, ge=0)
+    patience: int = Field(default=0, ge=0)
     """Stop after this many epochs without a better validation metric; 0 never stops early."""
     target: float | None = None
     """Stop as soon as the monitored metric is this good."""
-    checkpoint_steps: int | None = Field(None, ge=1)
+    checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints within an epoch; None saves after each epoch only."""
-    workers: int = Field(1, ge=1, le=64)
+    workers: int = Field(default=1, ge=1, le=64)
     """Threads that gather batches ahead."""
 
     @pydantic.model_validator(mode="after")

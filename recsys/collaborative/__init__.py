@@ -9,6 +9,7 @@ MEMBERS = Registry(
         "item_knn": "recsys.collaborative.item_knn:ItemKNN",
         "ease": "recsys.collaborative.ease:Ease",
         "ials": "recsys.collaborative.ials:ImplicitALS",
+        "sequential_rules": "recsys.collaborative.sequential_rules:SequentialRules",
         "matrix_factorization": "recsys.collaborative.matrix_factorization:MatrixFactorization",
         "content": "recsys.collaborative.content:Content",
     },

@@ -32,7 +32,8 @@ class TrainingData:
     """What a member may see while it is fitted: training rows and the content of the catalogue, nothing else.
 
     Attributes:
-        matrix: float32 `[U, I]` of ones, the positive interactions of the training part.
+        matrix: float32 `[U, I]` of ones, the positive interactions of the training part; the items of a user
+            stand in the order in which they were taken, where the data has times.
         catalogue: one row per item in the order of numbers: text columns and `image`.
         cache: a folder for embeddings and decoded images, shared between runs.
         validate: for members that are trained in epochs, or None: scorer -> metrics on validation users.
@@ -54,8 +55,7 @@ class TrainingData:
 
     def fingerprint(self, part: Part) -> str:
         """Names everything that fitting `part` on this data depends on, for the cache of fitted members."""
-        matrix = self.matrix.tocsr()
-        matrix.sort_indices()
+        matrix = self.matrix
         validated = [self.validation_hash, self.monitor] if self.validate else None
         content = table_hash(self.catalogue) if part.kind == "content" else ""
         return content_hash(
@@ -159,11 +159,15 @@ def pool_history(rows: tf.Tensor, known: tf.Tensor, *, unit: bool) -> tf.Tensor:
 
 
 class NeighbourScorer(tf.Module):
-    """Score of an item = sum of its weights in the neighbour lists of the history's items."""
+    """Score of an item = sum of its weights in the neighbour lists of the history's items.
 
-    def __init__(self, index: np.ndarray, weight: np.ndarray) -> None:
+    With `decay` below 1 an item of the history counts decay^n, n being how many were taken after it.
+    """
+
+    def __init__(self, index: np.ndarray, weight: np.ndarray, decay: float = 1.0) -> None:
         super().__init__()
         self.items = index.shape[0]
+        self.decay = decay
         self.index = constant(with_padding_row(index), tf.int32, "neighbour_index")
         self.weight = constant(with_padding_row(weight), tf.float32, "neighbour_weight")
 
@@ -173,6 +177,9 @@ class NeighbourScorer(tf.Module):
         rows = tf.range(batch)[:, None, None] * self.items
         cells = tf.gather(self.index, numbers) + rows  # [B, L, N]
         weights = tf.gather(self.weight, numbers)
+        if self.decay < 1.0:
+            later = tf.cumsum(tf.cast(history >= 0, tf.float32), axis=1, exclusive=True, reverse=True)
+            weights *= tf.pow(self.decay, later)[..., None]
         summed = tf.math.unsorted_segment_sum(
             tf.reshape(weights, [-1]), tf.reshape(cells, [-1]), batch * self.items
         )

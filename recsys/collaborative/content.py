@@ -21,7 +21,7 @@ from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, History, RunOptions, derive_seed
-from recsys.collaborative.base import EmbeddingScorer, Member, TrainingData, padded_numbers, pool_history
+from recsys.collaborative.base import EmbeddingScorer, Member, TrainingData
 from recsys.collaborative.pairs import Pairs, in_batch_softmax, train_towers
 from recsys.schema import IMAGE
 
@@ -49,8 +49,6 @@ class Content(Member):
         """Text columns, joined in this order; unused for images."""
         dimensions: int = Field(128, ge=1, le=4096)
         """Length of the vectors in which histories and items are compared."""
-        max_history: int = Field(64, ge=1, le=4096)
-        """Items of a history that training looks at; scoring looks at all of them."""
         temperature: float = Field(0.1, gt=0)
         """Divides cosines in the softmax."""
         dropout: float = Field(0.2, ge=0, lt=1)
@@ -86,9 +84,8 @@ class Content(Member):
             return History(stopped="nothing to train")
         matrix = data.matrix @ sparse.diags(available.astype(np.float32))  # pairs of items that can be embedded
         matrix.eliminate_zeros()
-        pairs = Pairs(matrix.tocsr(), self.config.max_history, derive_seed(self.seed, "histories"))
-        self.model = self._build()
-        history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
+        self.model = self._build(matrix.tocsr())
+        history = train_towers(self.model, self._scorer_now, data, Pairs(matrix.tocsr()), self.config, options)
         self.tables = self._tables()
         return history
 
@@ -115,21 +112,29 @@ class Content(Member):
         table[rows] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return table
 
-    def _build(self) -> keras.Model:
+    def _build(self, matrix: sparse.csr_matrix) -> keras.Model:
         """Two projections over the frozen table; they start equal, so that the first scores are cosines.
 
-        The history is summed before it is projected: the same numbers, for L times less work.
+        A history is the sum of all items of the user less the target, projected once: the same numbers as
+        projecting each item, without reading L rows for every pair.
         """
         items, width = self.table.shape
         dimensions = min(self.config.dimensions, width)
-        history = keras.Input((None,), dtype=tf.int32, name="history")
+        user = keras.Input((), dtype=tf.int32, name="user")
         target = keras.Input((), dtype=tf.int32, name="target")
-        rows = keras.layers.Embedding(items + 1, width, trainable=False, name="embeddings")
-        taken = pool_history(rows(padded_numbers(history, items)), history >= 0, unit=True)
-        user = self._project(taken, dimensions, "history_projection")
-        item = self._project(rows(target), dimensions, "item_projection")
-        model = keras.Model({"history": history, "target": target}, {"user": user, "item": item})
-        rows.set_weights([np.concatenate([self.table, np.zeros((1, width), np.float32)])])
+        rows = keras.layers.Embedding(items, width, trainable=False, name="embeddings")
+        sums = keras.layers.Embedding(matrix.shape[0], width, trainable=False, name="history_sums")
+        own = rows(target)
+        history = tf.math.l2_normalize(sums(user) - own, axis=-1)
+        model = keras.Model(
+            {"user": user, "target": target},
+            {
+                "user": self._project(history, dimensions, "history_projection"),
+                "item": self._project(own, dimensions, "item_projection"),
+            },
+        )
+        rows.set_weights([self.table])
+        sums.set_weights([matrix @ self.table])
         start = principal_axes(self.table, dimensions)
         for name in ("history_projection", "item_projection"):
             model.get_layer(name).set_weights([start])

@@ -10,7 +10,7 @@ from fusion.config import Settings
 from fusion.training.trainer import TrainingSettings
 from fusion.types import History, RunOptions, derive_seed
 from recsys.collaborative.base import EmbeddingScorer, Member, TrainingData, padded_numbers, pool_history
-from recsys.collaborative.pairs import Pairs, train_towers
+from recsys.collaborative.pairs import HistoryPairs, train_towers
 
 
 class MatrixFactorization(Member):
@@ -40,7 +40,7 @@ class MatrixFactorization(Member):
         items = data.matrix.shape[1]
         self.model = self._build(items)
         self.speaks = data.counts > 0
-        pairs = Pairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
+        pairs = HistoryPairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
         history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
         self.tables = self._tables()
         return history

@@ -20,17 +20,16 @@ from recsys.metrics import parse_metric
 class Pairs:
     """All (user, positive item) pairs of a matrix, gathered in batches by position.
 
-    `gather(positions)` -> `history` int32 `[b, L]` padded with -1, `target` int32 `[b]`,
-    `probability` float32 `[b]` (how often the target is drawn as a negative, for the logQ correction).
+    `gather(positions)` -> `user` and `target` int32 `[b]`, and `probability` float32 `[b]`: how often the target is
+    drawn as a negative, for the logQ correction. Users with one item are left out: without the target there is no
+    history.
     """
 
-    def __init__(self, matrix: sparse.csr_matrix, max_history: int, seed: int) -> None:
-        matrix = matrix.tocsr()
+    def __init__(self, matrix: sparse.csr_matrix) -> None:
         lengths = np.diff(matrix.indptr)
-        useful = lengths >= 2  # with one item there is no history left once the target is taken out
-        self.users = np.repeat(np.arange(matrix.shape[0]), np.where(useful, lengths, 0))
+        useful = lengths >= 2
+        self.users = np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.where(useful, lengths, 0))
         self.targets = matrix.indices[np.repeat(useful, lengths)].astype(np.int32)
-        self.histories = padded_histories(matrix, max_history, seed)
         counts = np.bincount(self.targets, minlength=matrix.shape[1]).astype(np.float64)
         self.probability = (counts / max(counts.sum(), 1.0)).astype(np.float32)
 
@@ -39,12 +38,20 @@ class Pairs:
 
     def gather(self, positions: np.ndarray) -> Features:
         targets = self.targets[positions]
-        histories = self.histories[self.users[positions]]
-        return {
-            "history": np.where(histories == targets[:, None], PADDING, histories).astype(np.int32),
-            "target": targets,
-            "probability": self.probability[targets],
-        }
+        return {"user": self.users[positions], "target": targets, "probability": self.probability[targets]}
+
+
+class HistoryPairs(Pairs):
+    """Pairs with the items of the history itself: `history` int32 `[b, L]` padded with -1, in place of `user`."""
+
+    def __init__(self, matrix: sparse.csr_matrix, max_history: int, seed: int) -> None:
+        super().__init__(matrix)
+        self.histories = padded_histories(matrix, max_history, seed)
+
+    def gather(self, positions: np.ndarray) -> Features:
+        batch = super().gather(positions)
+        histories = self.histories[batch.pop("user")]
+        return {"history": np.where(histories == batch["target"][:, None], PADDING, histories), **batch}
 
 
 def padded_histories(matrix: sparse.csr_matrix, max_history: int, seed: int) -> np.ndarray:
@@ -70,7 +77,7 @@ def in_batch_softmax(
     """The loss `[b]` of TFRS's retrieval task: the other targets of the batch are the negatives, corrected for
     how often they are drawn (logQ, Yi et al. 2019) and without those that equal the target.
 
-    `model` maps the batch's `history...` and `target...` entries to `user` `[b, D]` and `item` `[b, D]`.
+    `model` maps the batch, but for `probability`, to `user` `[b, D]` and `item` `[b, D]`.
     """
     task = tfrs().tasks.Retrieval(
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, reduction=keras.losses.Reduction.NONE),
@@ -79,7 +86,7 @@ def in_batch_softmax(
     )
 
     def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
-        inputs = {name: value for name, value in batch.items() if name.startswith(("history", "target"))}
+        inputs = {name: value for name, value in batch.items() if name != "probability"}
         vectors = model(inputs, training=True)
         return task(
             vectors["user"],

@@ -140,9 +140,7 @@ def _find(name: str, text: str, over: Over | None) -> Definition:
             return definition
     known = [other for table in tables.values() for other in table]
     if any(name in set(table) for table in METRICS.values()):
-        raise ConfigError(
-            f"the metric '{text}' does not judge {over}; known for these are {', '.join(known)}."
-        )
+        raise ConfigError(f"the metric '{text}' does not judge {over}; known for these are {', '.join(known)}.")
     raise ConfigError(f"unknown metric '{text}': {nearest(name, known)}")
 
 

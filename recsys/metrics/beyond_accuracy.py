@@ -90,9 +90,7 @@ def diversity(lists: RankedLists, k: int, vectors: np.ndarray) -> np.ndarray:
     """
     top, _ = lists.cut(k)
     norms = np.linalg.norm(vectors, axis=1)
-    units = np.divide(
-        vectors, norms[:, None], out=np.zeros(vectors.shape, np.float64), where=norms[:, None] > 0
-    )
+    units = np.divide(vectors, norms[:, None], out=np.zeros(vectors.shape, np.float64), where=norms[:, None] > 0)
     described = (top >= 0) & (norms > 0)[top]
     counts = described.sum(axis=1)
     squared_sums = np.empty(lists.users)

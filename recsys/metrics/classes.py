@@ -28,9 +28,7 @@ def _checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray,
     if len(labels) and not (0 <= labels.min() and labels.max() < classes):
         raise DataError(f"labels must lie in 0..{classes - 1}; received {labels.min()} to {labels.max()}.")
     if not np.allclose(probabilities.sum(axis=1), 1.0, atol=1e-3) or np.any(probabilities < 0):
-        raise DataError(
-            "probabilities must be at least 0 and sum to 1 in every row; received rows that do not."
-        )
+        raise DataError("probabilities must be at least 0 and sum to 1 in every row; received rows that do not.")
     return labels, probabilities
 
 

@@ -50,9 +50,7 @@ class Catalogue:
         for name in ("popularity", "vectors"):
             value = getattr(self, name)
             if value is not None and len(value) != self.items:
-                raise DataError(
-                    f"{name} must have one row per item ({self.items}); received {len(value)} rows."
-                )
+                raise DataError(f"{name} must have one row per item ({self.items}); received {len(value)} rows.")
 
 
 def multi_hot(categories: Sequence[Iterable[str]]) -> np.ndarray:
@@ -162,14 +160,10 @@ class RankedLists:
         """Stacks blocks of users in the order given. All parts must have the same list length K."""
         widths = sorted({part.top.shape[1] for part in parts})
         if len(widths) != 1:
-            raise DataError(
-                f"lists must have one common length to be merged; received {widths or 'no parts'}."
-            )
+            raise DataError(f"lists must have one common length to be merged; received {widths or 'no parts'}.")
         return cls(
             top=np.concatenate([part.top for part in parts]),
-            relevant_indptr=np.concatenate(
-                [[0], np.cumsum(np.concatenate([part.relevant for part in parts]))]
-            ),
+            relevant_indptr=np.concatenate([[0], np.cumsum(np.concatenate([part.relevant for part in parts]))]),
             relevant_indices=np.concatenate([part.relevant_indices for part in parts]),
             ranks=np.concatenate([part.ranks for part in parts]),
             candidates=np.concatenate([part.candidates for part in parts]),

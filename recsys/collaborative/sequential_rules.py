@@ -1,0 +1,75 @@
+"""Sequential rules: what people take soon after what. The one member that reads the order of a history."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+from scipy import sparse
+
+from fusion.compat import tf
+from fusion.config import Settings
+from fusion.types import RunOptions
+from recsys.collaborative.base import (
+    Member,
+    NeighbourScorer,
+    NeighbourState,
+    TrainingData,
+    join_blocks,
+    largest_by_row,
+)
+
+BLOCK = 1024
+"""Rows of the item × item matrix that are dense at a time."""
+
+
+class SequentialRules(NeighbourState, Member):
+    """weight(i, j) = sum over users of 1 / (steps from i to j) / (sqrt(n_i n_j) + shrinkage).
+
+    The rules of Ludewig & Jannach 2018 ("Evaluation of session-based recommendation algorithms", SR), normalised
+    like a cosine so that popular items do not follow everything. Pairs against the order of time count `backward`.
+    In an answer the latest items of a history weigh most. Without times the order is that of the item numbers, and
+    the member is of no use.
+    """
+
+    class Config(Settings):
+        """Settings of sequential rules."""
+
+        window: int = Field(10, ge=1, le=200)
+        """How many steps apart two items of a history may be."""
+        backward: float = Field(0.5, ge=0, le=1)
+        """What a pair counts in the direction against time."""
+        decay: float = Field(0.9, gt=0, le=1)
+        """What an item of a history counts, relative to the one taken after it."""
+        shrinkage: float = Field(10.0, ge=0)
+        """Added to the denominator: pulls weights that rest on few users toward zero."""
+        neighbours: int = Field(200, ge=1, le=10_000)
+        """How many followers of each item are kept."""
+
+    def fit(self, data: TrainingData, options: RunOptions) -> None:
+        items = data.matrix.shape[1]
+        follows = self._follows(data.matrix)
+        root = np.sqrt(data.counts.astype(np.float32))
+        keep = min(self.config.neighbours, items)
+        blocks = []
+        for start in range(0, items, BLOCK):
+            rows = slice(start, min(start + BLOCK, items))
+            block = follows[rows].toarray()
+            block /= root[rows, None] * root[None, :] + self.config.shrinkage + 1e-12
+            blocks.append(largest_by_row(block, keep))
+        self.index, self.weight, self.truncation = join_blocks(blocks)
+        self.speaks = data.counts > 0
+
+    def _follows(self, matrix: sparse.csr_matrix) -> sparse.csr_matrix:
+        """`[I, I]`: how often, and how closely, an item (column) comes after another one (row)."""
+        items = matrix.shape[1]
+        users = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+        forward = sparse.csr_matrix((items, items), dtype=np.float32)
+        for steps in range(1, self.config.window + 1):
+            same = users[steps:] == users[:-steps]
+            earlier, later = matrix.indices[:-steps][same], matrix.indices[steps:][same]
+            weight = np.full(len(earlier), 1.0 / steps, np.float32)
+            forward += sparse.csr_matrix((weight, (earlier, later)), shape=(items, items))
+        return (forward + self.config.backward * forward.T).tocsr()
+
+    def scorer(self) -> tf.Module:
+        return NeighbourScorer(self.index, self.weight, self.config.decay)

@@ -1,0 +1,81 @@
+"""The planted world as the parts of `recsys` take it: cleaned, split, and asked about. A helper of several test files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from fusion.config import Part, parse_part
+from fusion.types import RunOptions
+from recsys.cleaning import CleaningSettings, clean
+from recsys.collaborative import MEMBERS
+from recsys.collaborative.base import Member, TrainingData
+from recsys.core import MemberScores
+from recsys.datasets.planted import Planted
+from recsys.evaluation import Question, Ranker, question, validator
+from recsys.metrics import parse_metric
+from recsys.schema import TEST, TRAIN, VALIDATION, Interactions
+from recsys.splits import SplitSettings, split
+
+
+@dataclass(frozen=True)
+class World:
+    """A cleaned planted world and its split."""
+
+    data: Interactions
+    parts: np.ndarray
+
+    @classmethod
+    def planted(cls, strategy: str = "temporal_global", **settings: Any) -> World:
+        sizes = {"users": 150, "items": 80, "noise": 0.2, "interactions_per_user": 15, **settings}
+        data, _ = clean(Planted.read(Planted.Config(**sizes)), CleaningSettings())
+        return cls(data, split(data, SplitSettings(strategy=strategy)))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each item stands in training, `[I]`."""
+        return np.bincount(self.data.items[(self.parts == TRAIN) & self.data.positive], minlength=self.data.shape[1])
+
+    @property
+    def warm(self) -> np.ndarray:
+        """Numbers of the items in training."""
+        return np.flatnonzero(self.counts)
+
+    def training(self, cache: Path, *, validate: bool = False) -> TrainingData:
+        return training_data(self.data, self.parts, cache, validate=validate)
+
+    def asked(self, part: int = TEST, among: np.ndarray | None = None) -> Question:
+        """What a part asks; `among` (bool `[I]`) narrows relevant items and candidates."""
+        asked = question(self.data, self.parts, part)
+        if among is None:
+            return asked
+        relevant = (asked.relevant @ sparse.diags(among.astype(np.float32))).tocsr()
+        relevant.eliminate_zeros()
+        return replace(asked, relevant=relevant, candidates=asked.candidates & among)
+
+
+def training_data(data: Interactions, parts: np.ndarray, cache: Path, *, validate: bool = False) -> TrainingData:
+    matrix = data.matrix((parts == TRAIN) & data.positive)
+    measure = validator(question(data, parts, VALIDATION), "ndcg@10") if validate else None
+    return TrainingData(matrix, data.catalogue, cache, measure)
+
+
+def fitted(settings: dict[str, Any], data: TrainingData, folder: Path, seed: int = 3) -> Member:
+    """A member of the given settings, fitted."""
+    member = member_part(settings).make(seed)
+    member.fit(data, RunOptions(seed, folder, quiet=True))
+    return member
+
+
+def member_part(settings: dict[str, Any]) -> Part:
+    return parse_part(MEMBERS, settings, "member")
+
+
+def ndcg(member: Member, asked: Question) -> float:
+    """NDCG@10 of one member over the users of a question."""
+    lists = Ranker(MemberScores({"member": member}), {}, 10)(asked).lists["member"]
+    return float(np.nanmean(parse_metric("ndcg@10", "candidates").of_lists(lists)))
