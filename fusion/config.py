@@ -37,12 +37,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping_without_repeats(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` brings keys that the mapping may override
+            continue
         key = loader.construct_object(key_node)
+        place = f"line {key_node.start_mark.line + 1}"
+        if not isinstance(key, str):
+            raise ConfigError(f"a key must be a word; received {key!r} ({place}). Put it in quotes if it is meant.")
         if key in seen:
-            raise ConfigError(
-                f"a key may stand once in a mapping; received '{key}' twice "
-                f"({key_node.start_mark.name}, line {key_node.start_mark.line + 1}). Remove one of them."
-            )
+            raise ConfigError(f"a key may stand once in a mapping; received '{key}' twice ({place}). Remove one of them.")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -57,9 +59,12 @@ _UniqueKeyLoader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """Reads YAML text with safe types only; a fault is a ConfigError that carries the line."""
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"a config must be valid YAML; {where}: {' '.join(str(error).split())}") from error
+        fault = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"{where}: a config must be valid YAML; {fault}.") from None
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -87,8 +92,11 @@ def _read_extended(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"a config must be a mapping of keys; {path} holds {type(config).__name__}.")
     parents = config.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: extends must name a config file, or a list of them; received {parents!r}.")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         merged = merge(merged, _read_extended(path.parent / parent, (*chain, path.resolve())))
     return merge(merged, config)
 
@@ -123,27 +131,53 @@ def _override(config: dict[str, Any], override: str) -> dict[str, Any]:
 def parse(settings: type[SettingsT], data: Any, where: str = "") -> SettingsT:
     """Validates `data` against a settings class; the first fault becomes one ConfigError in plain words."""
     if not isinstance(data, dict):
-        raise ConfigError(f"{where or 'the config'} must be a mapping of keys; received {data!r}.")
+        raise _Fault("", where, f" must be a mapping of keys; received {_shown(data)}.")
     try:
         return settings.model_validate(data)
     except pydantic.ValidationError as error:
-        raise ConfigError(_explain(settings, error.errors()[0], where)) from None
-    except ConfigError as error:  # raised by a nested part, which does not know where it stands
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+        # A key that is misspelt is often also one that is missing: the first tells more.
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+        raise _explain(settings, faults[0]).below(where) from None
+    except ConfigError as error:  # raised by a validator, which does not know where it stands
+        raise _Fault("", where, f": {error}") from None
 
 
-def _explain(settings: type[Settings], fault: Any, where: str) -> str:
-    location = ".".join(str(part) for part in (*([where] if where else []), *fault["loc"]))
+class _Fault(ConfigError, ValueError):
+    """A fault of a config with the place of its key, which grows from the inside out as parts stand within parts.
+
+    A ValueError too: that is what pydantic takes from a validator, adding the place where it stood.
+    """
+
+    def __init__(self, before: str, place: str, after: str) -> None:
+        super().__init__(f"{before}{place or 'the config'}{after}")
+        self.before, self.place, self.after = before, place, after
+
+    def below(self, place: str) -> _Fault:
+        """The same fault, seen from where its part stands."""
+        return _Fault(self.before, ".".join(filter(None, (place, self.place))), self.after)
+
+
+def _explain(settings: type[Settings], fault: Any) -> _Fault:
+    """pydantic's first complaint in our words."""
+    place = ".".join(map(str, fault["loc"]))
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, _Fault):
+        return cause.below(place)
     if fault["type"] == "extra_forbidden":
         owner = _settings_at(settings, fault["loc"][:-1])
         hint = nearest(str(fault["loc"][-1]), owner.model_fields if owner else ())
-        return f"unknown key '{location}': {hint}"
+        return _Fault("unknown key '", place, f"': {hint}")
     if fault["type"] == "missing":
-        return f"the key '{location}' is required and is not there."
-    message = fault["msg"].removeprefix("Value error, ")
+        return _Fault("the key '", place, "' is required and is not there.")
+    message = fault["msg"].removeprefix("Value error, ").rstrip(".")
     message = message[0].lower() + message[1:]
-    received = "" if fault["type"] == "value_error" else f"; received {fault['input']!r}"
-    return f"{location or 'the config'}: {message}{received}."
+    received = "" if fault["type"] == "value_error" else f"; received {_shown(fault['input'])}"
+    return _Fault("", place, f": {message}{received}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 def _settings_at(settings: Any, path: Sequence[Any]) -> type[Settings] | None:
@@ -181,13 +215,13 @@ def parse_part(registry: Registry, data: Any, where: str) -> Part:
     """Reads `{kind: NAME, ...}` with the settings class of the part that the registry has under that name."""
     if isinstance(data, Part):
         return data
-    if not isinstance(data, dict) or "kind" not in data:
-        raise ConfigError(f"{where} must name its kind, as in 'kind: {next(iter(registry))}'; received {data!r}.")
+    if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
+        raise _Fault("", where, f" must name its kind, as in 'kind: {next(iter(registry))}'; received {_shown(data)}.")
     rest = {key: value for key, value in data.items() if key != "kind"}
     try:
         part = registry[data["kind"]]
     except ConfigError as error:
-        raise ConfigError(f"{where}.kind: {error}") from None
+        raise _Fault("", "kind", f": {error}").below(where) from None
     return Part(data["kind"], parse(part.Config, rest, where), registry)
 
 
@@ -197,7 +231,7 @@ def part_of(registry: Registry, default: str | None = None) -> Any:
     def read(data: Any) -> Part:
         if default and isinstance(data, dict) and "kind" not in data:
             data = {"kind": default, **data}
-        return parse_part(registry, data, registry.what)
+        return parse_part(registry, data, "")
 
     return Annotated[
         Any,

@@ -62,7 +62,8 @@ class Ensemble:
         """One functional model: inputs `<member>_<feature>` and `mask` bool `[B, S]` (which members have something to
         read) -> `probabilities` `[B, C]`, `scores` `[B, C]` and `contributions` `[B, S, C]`, which sum to the
         scores less the rule's bias."""
-        inputs, logits = {}, []
+        inputs: dict[str, Any] = {}
+        logits = []
         for name, member in self.members.items():
             own = {}
             for tensor in member.model.inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ class ClassificationEvaluation:
                 "bytes": int(sum(weight.nbytes for weight in member.model.get_weights())),
                 "train_s": round(fitted.seconds, 3),
                 "flops": results.count_flops(function),
-                **results.latency(lambda f=function, i=inputs: f(**i)),
+                **results.latency(functools.partial(function, **inputs)),
             }
         total = {key: sum(member[key] for member in cost.values()) for key in next(iter(cost.values()))}
         for name, rule in task.rules.items():
@@ -158,7 +159,7 @@ class ClassificationEvaluation:
             environment=json.loads(task.run.path("environment.json").read_text(encoding="utf-8")),
         )
 
-    def _drop_one(self, best_rule: str) -> dict[str, dict[str, float]]:
+    def _drop_one(self, best_rule: str) -> dict[str, dict[str, Any]]:
         """The primary metric of the best rule with one member silenced, and what that member adds (paired)."""
         members = list(self.experiment.members)
         whole = self.test_values[best_rule][self.primary.name]
@@ -167,8 +168,8 @@ class ClassificationEvaluation:
         for position, name in enumerate(members if len(members) > 1 and isinstance(whole, np.ndarray) else []):
             heard = self.mask & (np.arange(len(members)) != position)
             fused = rule.probabilities(rule(tf.constant(self.logits), tf.constant(heard))).numpy()
-            values = self.primary.of_classes(labels, fused)
-            difference = dict(paired_difference(whole, values, self.samples, self.seed))
+            values = np.asarray(self.primary.of_classes(labels, fused))
+            difference = dict(paired_difference(np.asarray(whole), values, self.samples, self.seed))
             result[name] = {"value": float(np.mean(values)), **difference}
         return result
 

@@ -62,7 +62,7 @@ class RankingCore(tf.Module):
         return self.rule(*self.members(history))
 
     def explained(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Fused scores `[B, I]` and each member's contribution `[B, S, I]`, which sum to them (plus the rule's bias)."""
+        """Fused scores `[B, I]` and each member's contribution `[B, S, I]`, which sum to them with the rule's bias."""
         scores, mask = self.members(history)
         contributions, _ = self.rule.contributions(scores, mask)
         return self.rule(scores, mask), contributions

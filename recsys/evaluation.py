@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
 from fusion.compat import tf
-from fusion.rules.base import Rule
 from recsys.collaborative.base import PADDING
 from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.metrics import RankedLists, parse_metric
@@ -90,7 +90,7 @@ def history_rows(matrix: sparse.csr_matrix, users: np.ndarray) -> np.ndarray:
 class Ranker:
     """Ranks the candidates of a question by every member and every rule in one pass over the users."""
 
-    def __init__(self, members: MemberScores, rules: Mapping[str, Rule], k: int) -> None:
+    def __init__(self, members: MemberScores, rules: Mapping[str, Callable[..., Any]], k: int) -> None:
         self.members = members
         self.rules = dict(rules)
         self.names = [*members.names, *self.rules]

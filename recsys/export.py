@@ -1,4 +1,4 @@
-"""Writes artifacts: SavedModel, `.tflite`, what a client needs beside them, and a manifest; compared before they count."""
+"""Writes artifacts: SavedModel, `.tflite`, what a client needs beside them, and a manifest; compared before use."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from recsys.run import code_version
 class FitData(Protocol):
     """What members are fitted on, of either task."""
 
-    cache: Path
+    @property
+    def cache(self) -> Path:
+        """Where what runs share lies."""
 
     def fingerprint(self, part: Part) -> str:
         """Names everything that fitting `part` on this data depends on."""

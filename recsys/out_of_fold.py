@@ -7,15 +7,17 @@ cold items. Weights fitted on folds that do not look like the test do not transf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import sparse
 
 from fusion.compat import tf
 from fusion.errors import DataError
 from fusion.rules.base import Rule
 from fusion.types import derive_seed
+from recsys.collaborative.base import PADDING
 from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.evaluation import Question, blocks, question
 from recsys.schema import TEST, TRAIN, VALIDATION, Interactions
@@ -59,7 +61,9 @@ def make_folds(data: Interactions, parts: np.ndarray, settings: SplitSettings, f
         inner = settings.model_copy(update={"strategy": strategy, "seed": derive_seed(seed, "fold", number)})
         try:
             inner_parts = split(inside, inner)
-            inner_parts[inner_parts == VALIDATION] = TEST  # a fold needs one held-out part, and as many rows as there are
+            inner_parts[inner_parts == VALIDATION] = (
+                TEST  # a fold needs one held-out part, and as many rows as there are
+            )
         except DataError:
             if not result:
                 raise
@@ -109,10 +113,12 @@ def sampled_scores(
     settings: OutOfFoldSettings,
     seed: int,
 ) -> dict[str, list[FoldScores]]:
-    """For each rule the features of every user's positives and of `negatives` sampled unseen candidates.
+    """For each rule the features of every user's positives and of unseen candidates.
 
-    Features are made over the whole catalogue (standardisation and ranks need it) and cut to the sample
-    afterwards. A sampled negative weighs as many candidates as it stands for.
+    Features are made over the whole catalogue (standardisation and ranks need it) and cut to the candidates
+    afterwards. A list is decided at its top, so each member's best `shortlist` items are all there, and a
+    positive that no member has among them is left out: no weights can lift it. `negatives` drawn from the rest
+    stand for as many candidates as they were drawn from.
     """
     random = np.random.default_rng(derive_seed(seed, "negatives"))
     users = asked.users
@@ -120,48 +126,55 @@ def sampled_scores(
         keep = np.zeros(asked.relevant.shape[0], bool)
         keep[random.choice(users, settings.max_users, replace=False)] = True
         users = np.flatnonzero(keep)
+    shortlist = min(settings.shortlist, members.items)
 
-    @tf.function(input_signature=[HISTORY_SPEC, tf.TensorSpec([None, None], tf.int32)])
-    def features_at(history: tf.Tensor, sample: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+    @tf.function(input_signature=[HISTORY_SPEC, tf.TensorSpec([None, members.items], tf.bool)])
+    def scored(history: tf.Tensor, unseen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         scores, mask = members(history)
+        lists = tf.where(mask & unseen[:, None, :], scores, -np.inf)
+        values, items = tf.math.top_k(lists, shortlist)
+        return scores, mask, tf.where(tf.math.is_finite(values), items, PADDING)
+
+    @tf.function(reduce_retracing=True)
+    def features_at(scores: tf.Tensor, mask: tf.Tensor, sample: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
         at = lambda tensor: tf.gather(tensor, sample, axis=2, batch_dims=1)  # noqa: E731
         return {name: at(rule.normalise(scores, mask)) for name, rule in rules.items()}, at(mask)
 
     result: dict[str, list[FoldScores]] = {name: [] for name in rules}
     for block, history in blocks(asked.history, users):
-        for rows, sample, labels, weights in _samples(asked, block, settings.negatives, random):
-            features, mask = features_at(history[rows], sample)
-            for name, values in features.items():
-                result[name].append(FoldScores(values.numpy(), mask.numpy() & (weights > 0)[:, None], labels, weights))
+        unseen = asked.candidates & (asked.seen[block].toarray() == 0)
+        scores, mask, best = scored(history, unseen)
+        sample, labels, weights = _samples(unseen, asked.relevant[block], best.numpy(), settings.negatives, random)
+        features, known = features_at(scores, mask, sample)
+        for name, values in features.items():
+            heard = known.numpy() & (weights > 0)[:, None]
+            result[name].append(FoldScores(values.numpy(), heard, labels, weights))
     return result
 
 
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _samples(asked: Question, users: np.ndarray, negatives: int, random: np.random.Generator) -> Iterator[Sample]:
-    """Rows of the block, item numbers int32 `[b, K]`, labels bool `[b, K]`, weights float32 `[b, K]`.
-
-    Users are grouped by how many positives they have, so that short lists are not padded to the longest one.
-    """
-    unseen = asked.candidates & (asked.seen[users].toarray() == 0)
-    positives = asked.relevant[users]
-    counts = np.diff(positives.indptr)
-    order = np.argsort(counts, kind="stable")
-    for rows in np.array_split(order, max(1, len(order) // 64)):
-        width = int(counts[rows].max()) + negatives
-        sample = np.zeros((len(rows), width), np.int32)
-        labels = np.zeros((len(rows), width), bool)
-        weights = np.zeros((len(rows), width), np.float32)
-        for place, row in enumerate(rows):
-            own = positives.indices[positives.indptr[row] : positives.indptr[row + 1]]
-            pool = np.flatnonzero(unseen[row])
-            pool = pool[~np.isin(pool, own)]
-            drawn = pool if len(pool) <= negatives else random.choice(pool, negatives, replace=False)
-            stop = len(own) + len(drawn)
-            sample[place, :stop] = np.concatenate([own, drawn])
-            labels[place, : len(own)] = True
-            weights[place, : len(own)] = 1.0
-            weights[place, len(own) : stop] = len(pool) / max(len(drawn), 1)
-        yield rows, sample, labels, weights
-
+def _samples(
+    unseen: np.ndarray, relevant: sparse.csr_matrix, best: np.ndarray, negatives: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Item numbers int32 `[B, K]`, labels bool `[B, K]`, weights float32 `[B, K]` (0 fills up short rows)."""
+    rows = []
+    for row, lists in enumerate(best):
+        listed = np.unique(lists[lists >= 0])
+        own = relevant.indices[relevant.indptr[row] : relevant.indptr[row + 1]]
+        rest = unseen[row].copy()
+        rest[listed] = False
+        rest[own] = False
+        pool = np.flatnonzero(rest)
+        drawn = pool if len(pool) <= negatives else random.choice(pool, negatives, replace=False)
+        weights = np.ones(len(listed) + len(drawn), np.float32)
+        weights[len(listed) :] = len(pool) / max(len(drawn), 1)
+        items = np.concatenate([listed, drawn])
+        rows.append((items, np.isin(items, own), weights))
+    width = max(len(items) for items, _, _ in rows)
+    sample = np.zeros((len(rows), width), np.int32)
+    labels = np.zeros((len(rows), width), bool)
+    importance = np.zeros((len(rows), width), np.float32)
+    for row, (items, positive, weights) in enumerate(rows):
+        sample[row, : len(items)] = items
+        labels[row, : len(items)] = positive
+        importance[row, : len(items)] = weights
+    return sample, labels, importance

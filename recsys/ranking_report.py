@@ -124,7 +124,7 @@ class RankingEvaluation:
 
     def _cold_items(self, members: list[str], rules: list[str]) -> dict[str, Any] | None:
         """Only items without a training row are relevant and are candidates: what a new item can hope for."""
-        cold = self.catalogue.popularity == 0
+        cold = np.asarray(self.catalogue.popularity) == 0
         asked = self.test_question
         narrowed = Question(asked.history, asked.seen, _columns(asked.relevant, cold), asked.candidates & cold)
         if not len(narrowed.users):
@@ -163,17 +163,17 @@ class RankingEvaluation:
             positive_rule=self.experiment.positive,
         )
 
-    def _drop_one(self, best_rule: str) -> dict[str, dict[str, float]]:
+    def _drop_one(self, best_rule: str) -> dict[str, dict[str, Any]]:
         """The primary metric of the best rule with one member silenced, and what that member adds (paired)."""
         task, members = self.task, list(self.experiment.members)
         if len(members) < 2:
             return {}
         without = {f"without {name}": _Without(task.rules[best_rule], members.index(name)) for name in members}
         ranked = task.ranker(without)(self.test_question)
-        whole = self.test_values[best_rule][self.primary.name]
+        whole = np.asarray(self.test_values[best_rule][self.primary.name])
         result = {}
         for name in members:
-            values = self.primary.of_lists(ranked.lists[f"without {name}"], self.catalogue)
+            values = np.asarray(self.primary.of_lists(ranked.lists[f"without {name}"], self.catalogue))
             difference = dict(paired_difference(whole, values, self.samples, self.seed))
             result[name] = {"value": float(np.nanmean(values)), **difference}
         return result
@@ -209,7 +209,7 @@ class RankingEvaluation:
 
     def _item(self, number: int) -> Pictured:
         row = self.task.interactions.catalogue.iloc[number]
-        title = str(row[TITLE]) if TITLE in row and row[TITLE] else str(self.task.interactions.item_ids[number])
+        title = str(row.get(TITLE) or self.task.interactions.item_ids[number])
         return Pictured(title, row[IMAGE] if IMAGE in row else None)
 
     def _warnings(self, report: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ class RankingTask:
 
         write_ranking_report(self)
 
-    def ranker(self, rules: dict[str, Rule]) -> Ranker:
+    def ranker(self, rules: Mapping[str, Callable[..., Any]]) -> Ranker:
         """Ranks by all members and the given rules, lists as long as the longest metric needs."""
         longest = max((parse_metric(name, "candidates").k or 10) for name in self.experiment.metrics)
         return Ranker(self.member_scores, rules, longest)

@@ -62,10 +62,11 @@ def _value(figure: Mapping[str, Any]) -> float:
 
 def significance(values: Values, rule: str, member: str, samples: int, seed: int) -> dict[str, Any]:
     """Paired bootstrap of the best rule against the best member, for every per-user metric."""
+    ours, theirs = values[rule], values[member]
     return {
-        metric: dict(paired_difference(value, values[member][metric], samples, seed))
-        for metric, value in values[rule].items()
-        if isinstance(value, np.ndarray)
+        metric: dict(paired_difference(value, other, samples, seed))
+        for metric, value in ours.items()
+        if isinstance(value, np.ndarray) and isinstance(other := theirs[metric], np.ndarray)
     }
 
 

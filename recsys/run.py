@@ -76,7 +76,9 @@ class Run:
 
         config = folder / CONFIG
         if not config.is_file():
-            raise ConfigError(f"a run's folder must hold {CONFIG}; {folder} does not. Give the folder that a run printed.")
+            raise ConfigError(
+                f"a run's folder must hold {CONFIG}; {folder} does not. Give the folder that a run printed."
+            )
         settings = parse_yaml(config.read_text(encoding="utf-8"), str(config))
         experiment = parse_experiment(merge(settings, {"export": export or {}}))
         return cls(folder.resolve(), experiment, quiet=quiet)

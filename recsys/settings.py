@@ -33,8 +33,10 @@ class OutOfFoldSettings(Settings):
 
     folds: int = Field(2, ge=1, le=20)
     """How often members are fitted without the rows that they then score."""
-    negatives: int = Field(200, ge=1, le=10_000)
-    """Unseen candidates drawn for each user of a fold, beside the user's positives."""
+    shortlist: int = Field(50, ge=1, le=1000)
+    """How many of each member's best unseen items stand against a user's positives."""
+    negatives: int = Field(100, ge=1, le=10_000)
+    """Further unseen candidates drawn for each user, which stand for all the others."""
     max_users: int = Field(20_000, ge=1)
     """Users of a fold that are used; the rest is left out at random."""
 

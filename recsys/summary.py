@@ -51,8 +51,11 @@ def _title(report: Mapping[str, Any]) -> str:
     data, split = report["dataset"], report["split"]
     if report["task"] == "recommendation":
         size = f"{data['users']:,} users × {data['items']:,} items, positive: {data['positive']}"
-        return f"{data['name']}: {size}; {split['name']}, {split['test_users']:,} test users, {split['candidates']}"
-    return f"{data['name']}: {data['examples']:,} examples, {data['classes']} classes; {split['name']}, {split['test']:,} test"
+        asked = f"{split['test_users']:,} test users, {split['candidates']}"
+    else:
+        size = f"{data['examples']:,} examples, {data['classes']} classes"
+        asked = f"{split['test']:,} test examples"
+    return f"{data['name']}: {size}; {split['name']}, {asked}"
 
 
 def _has(report: Mapping[str, Any], metric: str) -> bool:

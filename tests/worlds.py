@@ -1,4 +1,4 @@
-"""The planted world as the parts of `recsys` take it: cleaned, split, and asked about. A helper of several test files."""
+"""The planted world as the parts of `recsys` take it, cleaned and split: a helper of several test files."""
 
 from __future__ import annotations
 

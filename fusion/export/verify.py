@@ -32,7 +32,8 @@ def compare(
     Returns `{"what", "rows", "tolerance", "largest_difference", "where", "exceptions"}`; `where` is like
     `scores[3, 17]`, `exceptions` the share of numbers that differ by more than the tolerance.
 
-    Raises GateError when more numbers than that differ by more than the tolerance, when names or shapes differ, and when there is nothing to compare.
+    Raises GateError when more numbers than that differ by more than the tolerance, when names or shapes differ, and
+    when there is nothing to compare.
     """
     if not reference or set(reference) != set(other):
         raise GateError(f"{what}: both must have the same outputs; received {sorted(reference)} and {sorted(other)}.")

@@ -28,7 +28,7 @@ FLAT = 1e-6
 TEMPERATURES = (1e-2, 1e2)
 """Where a temperature is looked for."""
 
-Normalisation = Literal["standardise", "rank", "softmax", "none"]
+Normalisation = Literal["standardise", "rank", "log_rank", "softmax", "none"]
 """How a member's scores over candidates are made comparable."""
 
 
@@ -123,6 +123,17 @@ def ranks(scores: Any, speaks: Any, top_n: int) -> Any:
     return spread_by_rank(scores, speaks, points)
 
 
+def log_ranks(scores: Any, speaks: Any, top_n: int) -> Any:
+    """Normalised logarithms of ranks: 1 for a member's best item, 1 - ln r / ln(N + 1) for its r-th, 0 below N.
+
+    Twice as far down costs the same everywhere, so the first places differ most, as they do for NDCG.
+    """
+    places = list_length(scores, top_n)
+    logarithms = tf.math.log(tf.cast(tf.range(places), tf.float32) + 1.0)
+    points = 1.0 - logarithms / tf.math.log(tf.cast(places, tf.float32) + 1.0)
+    return spread_by_rank(scores, speaks, points)
+
+
 def log_softmax(scores: Any, speaks: Any, temperature: Any = 1.0) -> Any:
     """Log-softmax of `scores / temperature` over the entries that a member speaks on, NaN elsewhere."""
     return silence(tf.nn.log_softmax(tf.where(speaks, scores / temperature, -LARGEST), axis=2), speaks)
@@ -138,9 +149,9 @@ def over_candidates(kind: Normalisation, scores: Any, mask: Any, top_n: int, tem
     """The members' scores over the whole catalogue on one scale, `[B, S, C]`, NaN where silent.
 
     Args:
-        kind: `standardise`, `rank`, `softmax` (log-softmax of z-scores / temperature) or `none`.
+        kind: `standardise`, `rank`, `log_rank`, `softmax` (log-softmax of z-scores / temperature) or `none`.
         scores, mask: as `speaking` takes them; C must be the whole catalogue, never a part of it.
-        top_n: places of a ranking (`rank`).
+        top_n: places of a ranking (`rank`, `log_rank`).
         temperature: of the softmax (`softmax`).
     """
     speaks = speaking_candidates(scores, mask)
@@ -148,6 +159,8 @@ def over_candidates(kind: Normalisation, scores: Any, mask: Any, top_n: int, tem
         return silence(scores, speaks)
     if kind == "rank":
         return ranks(scores, speaks, top_n)
+    if kind == "log_rank":
+        return log_ranks(scores, speaks, top_n)
     standardised = standardise(scores, speaks)
     return standardised if kind == "standardise" else log_softmax(standardised, speaks, temperature)
 

@@ -45,8 +45,8 @@ class Probability(Rule):
 
         weights: MemberWeights | None = None
         """A weight for each member, sum 1; fitted when not given."""
-        normalisation: Normalisation = "standardise"
-        """Candidates: the scale on which members are mixed: standardise, rank, softmax or none."""
+        normalisation: Normalisation = "log_rank"
+        """Candidates: the scale on which members are mixed: standardise, rank, log_rank, softmax or none."""
         temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
         """Candidates: what z-scores are divided by before the softmax."""
         top_n: int = Field(1000, ge=1)

@@ -14,7 +14,7 @@ from fusion.rules.fitting import CandidateLists, ClassRows, RowLoss, class_loss,
 from fusion.rules.normalisation import over_candidates, speaking
 from fusion.types import Over, derive_seed
 
-Feature = Literal["standardise", "rank"]
+Feature = Literal["standardise", "rank", "log_rank"]
 
 LEVELS = (0.01, 100.0)
 """Bounds of the common level that equal weights are given before they are told apart."""
@@ -47,7 +47,7 @@ class Stacker(Rule):
     class Config(RuleSettings):
         """Settings of the stacker."""
 
-        features: tuple[Feature, ...] = Field(("standardise", "rank"), min_length=1)
+        features: tuple[Feature, ...] = Field(("standardise", "log_rank"), min_length=1)
         """Candidates: what the model sees of each member; weights are shrunk to equal ones on the first."""
         per_class: bool = False
         """Classes: a weight for each member and class instead of one for each member."""

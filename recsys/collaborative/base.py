@@ -9,10 +9,11 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 from scipy import sparse
 
 from fusion.compat import tf
@@ -58,9 +59,7 @@ class TrainingData:
         matrix = self.matrix
         validated = [self.validation_hash, self.monitor] if self.validate else None
         content = table_hash(self.catalogue) if part.kind == "content" else ""
-        return content_hash(
-            [arrays_hash(matrix.indptr, matrix.indices, np.array(matrix.shape)), content, validated]
-        )
+        return content_hash([arrays_hash(matrix.indptr, matrix.indices, np.array(matrix.shape)), content, validated])
 
 
 class Member(abc.ABC):
@@ -126,42 +125,54 @@ def padded_numbers(history: tf.Tensor, items: int) -> tf.Tensor:
     return tf.where(history < 0, items, history)
 
 
+Decay = Annotated[float, Field(gt=0, le=1)]
+"""What an item of a history counts, relative to the one taken after it; 1 forgets nothing."""
+
+
+def recency(history: tf.Tensor, decay: float) -> tf.Tensor:
+    """Weights float32 `[B, L]` of the items of histories: decay^n, n being how many were taken later; 0 for padding."""
+    known = tf.cast(history >= 0, tf.float32)
+    if decay == 1.0:
+        return known
+    later = tf.cumsum(known, axis=1, exclusive=True, reverse=True)
+    return known * tf.pow(decay, later)
+
+
 class EmbeddingScorer(tf.Module):
-    """Score = <user, item> + bias, the user being the sum of the history's rows over the root of its length.
+    """Score = <user, item>, the user being the weighted sum of the history's rows over the root of its length.
 
     Used by factorisation and by content members, which differ only in where their tables come from.
     """
 
-    def __init__(self, history_table: np.ndarray, item_table: np.ndarray, bias: np.ndarray, *, unit: bool) -> None:
+    def __init__(self, history_table: np.ndarray, item_table: np.ndarray, *, unit: bool, decay: float = 1.0) -> None:
         super().__init__()
         self.history_table = constant(with_padding_row(history_table), tf.float32, "history_table")
         self.item_table = constant(item_table, tf.float32, "item_table")
-        self.bias = constant(bias, tf.float32, "bias")
         self.unit = unit
+        self.decay = decay
 
     def user(self, history: tf.Tensor) -> tf.Tensor:
         """User vectors `[B, D]`."""
         rows = tf.gather(self.history_table, padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
-        return pool_history(rows, history >= 0, unit=self.unit)
+        return pool_history(rows, recency(history, self.decay), unit=self.unit)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(self.user(history), self.item_table, transpose_b=True) + self.bias
+        return tf.matmul(self.user(history), self.item_table, transpose_b=True)
 
 
-def pool_history(rows: tf.Tensor, known: tf.Tensor, *, unit: bool) -> tf.Tensor:
-    """`[B, L, D]` and bool `[B, L]` -> `[B, D]`: the sum over the root of the length (SVD++, Koren 2008,
-    keeps the variance of long and short histories equal), or the unit vector in that direction."""
-    mask = tf.cast(known, rows.dtype)[..., None]
-    total = tf.reduce_sum(rows * mask, axis=1)
+def pool_history(rows: tf.Tensor, weights: tf.Tensor, *, unit: bool) -> tf.Tensor:
+    """`[B, L, D]` and weights `[B, L]` -> `[B, D]`: the weighted sum over the root of the sum of squared weights
+    (SVD++, Koren 2008: keeps the variance of long and short histories equal), or the unit vector in its direction."""
+    total = tf.reduce_sum(rows * weights[..., None], axis=1)
     if unit:
         return total * tf.math.rsqrt(tf.reduce_sum(total * total, axis=-1, keepdims=True) + 1e-12)
-    return total * tf.math.rsqrt(tf.maximum(tf.reduce_sum(mask, axis=1), 1.0))
+    return total * tf.math.rsqrt(tf.maximum(tf.reduce_sum(weights * weights, axis=1, keepdims=True), 1e-6))
 
 
 class NeighbourScorer(tf.Module):
     """Score of an item = sum of its weights in the neighbour lists of the history's items.
 
-    With `decay` below 1 an item of the history counts decay^n, n being how many were taken after it.
+    Recent items weigh more where `decay` is below 1.
     """
 
     def __init__(self, index: np.ndarray, weight: np.ndarray, decay: float = 1.0) -> None:
@@ -176,19 +187,15 @@ class NeighbourScorer(tf.Module):
         batch = tf.shape(history)[0]
         rows = tf.range(batch)[:, None, None] * self.items
         cells = tf.gather(self.index, numbers) + rows  # [B, L, N]
-        weights = tf.gather(self.weight, numbers)
-        if self.decay < 1.0:
-            later = tf.cumsum(tf.cast(history >= 0, tf.float32), axis=1, exclusive=True, reverse=True)
-            weights *= tf.pow(self.decay, later)[..., None]
-        summed = tf.math.unsorted_segment_sum(
-            tf.reshape(weights, [-1]), tf.reshape(cells, [-1]), batch * self.items
-        )
+        weights = tf.gather(self.weight, numbers) * recency(history, self.decay)[..., None]
+        summed = tf.math.unsorted_segment_sum(tf.reshape(weights, [-1]), tf.reshape(cells, [-1]), batch * self.items)
         return tf.reshape(summed, [batch, self.items])
 
 
 class NeighbourState:
     """The learned half of members that keep each item's top-N neighbours: two arrays `[I, N]`."""
 
+    config: Any
     index: np.ndarray
     weight: np.ndarray
     speaks: np.ndarray
@@ -207,7 +214,7 @@ class NeighbourState:
         self.truncation = float(state["truncation"])
 
     def scorer(self) -> tf.Module:
-        return NeighbourScorer(self.index, self.weight)
+        return NeighbourScorer(self.index, self.weight, self.config.decay)
 
 
 def largest_by_row(block: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -21,7 +21,7 @@ from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, History, RunOptions, derive_seed
-from recsys.collaborative.base import EmbeddingScorer, Member, TrainingData
+from recsys.collaborative.base import Decay, EmbeddingScorer, Member, TrainingData
 from recsys.collaborative.pairs import Pairs, in_batch_softmax, train_towers
 from recsys.schema import IMAGE
 
@@ -55,6 +55,8 @@ class Content(Member):
         """Share of an embedding's entries that training silences."""
         scorer: Literal["trained", "cosine"] = "trained"
         """Projections trained on who took what, or the plain cosine to the history's mean."""
+        decay: Decay = 1.0
+        """What an item of a history counts in an answer, relative to the one taken after it."""
         training: TrainingSettings = TrainingSettings(epochs=20, batch_size=1024, learning_rate=0.001)
         """The training loop of the scorer."""
         fine_tuning: FineTuning = FineTuning()
@@ -135,7 +137,7 @@ class Content(Member):
         )
         rows.set_weights([self.table])
         sums.set_weights([matrix @ self.table])
-        start = principal_axes(self.table, dimensions)
+        start = principal_axes(self.table[matrix.getnnz(axis=0) > 0], dimensions)  # items of training alone
         for name in ("history_projection", "item_projection"):
             model.get_layer(name).set_weights([start])
         return model
@@ -152,7 +154,7 @@ class Content(Member):
 
     def _scorer_now(self) -> tf.Module:
         history, item = self._tables()
-        return EmbeddingScorer(history, item, np.zeros(len(item), np.float32), unit=True)
+        return EmbeddingScorer(history, item, unit=True, decay=self.config.decay)
 
     def _fine_tune(self, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions) -> None:
         """Trains the encoder so that items taken by the same user lie close to each other."""
@@ -206,7 +208,7 @@ class Content(Member):
             self.encoder.encoder().set_weights(weights)
 
     def scorer(self) -> tf.Module:
-        return EmbeddingScorer(*self.tables, np.zeros(len(self.tables[1]), np.float32), unit=True)
+        return EmbeddingScorer(*self.tables, unit=True, decay=self.config.decay)
 
     def signatures(self) -> dict[str, Any]:
         return {"embed_item": self.encoder.encoder()}

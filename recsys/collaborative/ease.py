@@ -9,7 +9,7 @@ from scipy import linalg, sparse
 from fusion.config import Settings
 from fusion.errors import MachineError
 from fusion.types import RunOptions
-from recsys.collaborative.base import Member, NeighbourState, TrainingData, join_blocks, largest_by_row
+from recsys.collaborative.base import Decay, Member, NeighbourState, TrainingData, join_blocks, largest_by_row
 
 BLOCK = 1024
 LIMIT_BYTES = 1_500_000_000
@@ -28,13 +28,15 @@ class Ease(NeighbourState, Member):
 
         l2: float = Field(200.0, gt=0)
         """Strength of the ridge penalty."""
+        decay: Decay = 1.0
+        """What an item of a history counts in an answer, relative to the one taken after it."""
         neighbours: int = Field(500, ge=1, le=50_000)
         """How many weights of each item are kept, the largest by magnitude; the rest is the truncation loss."""
 
     def fit(self, data: TrainingData, options: RunOptions) -> None:
         users, items = data.matrix.shape
         keep = min(self.config.neighbours, items)
-        _refuse_beyond_limit(items, keep, min(users, items))
+        _refuse_beyond_limit(users, items, keep)
         inverse_rows = _by_users if users < items else _by_items
         rows_of, diagonal = inverse_rows(data.matrix.astype(np.float32), self.config.l2)
         blocks = []
@@ -47,11 +49,11 @@ class Ease(NeighbourState, Member):
         self.speaks = data.counts > 0
 
 
-def _refuse_beyond_limit(items: int, keep: int, side: int) -> None:
-    needed = max(items * keep * 8, side * side * 4)
+def _refuse_beyond_limit(users: int, items: int, keep: int) -> None:
+    needed = max(items * keep * 8, min(users, items) * items * 4)  # the user side holds [U, I], not [I, I]
     if needed > LIMIT_BYTES:
         raise MachineError(
-            f"EASE must fit into {LIMIT_BYTES / 1e9} GB; {items} items with {keep} neighbours need "
+            f"EASE must fit into {LIMIT_BYTES / 1e9} GB; {users} users and {items} items with {keep} neighbours need "
             f"{needed / 1e9:.1f} GB. Lower neighbours, raise cleaning.k_core_items, or take item_knn."
         )
 

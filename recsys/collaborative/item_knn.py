@@ -10,7 +10,7 @@ from scipy import sparse
 
 from fusion.config import Settings
 from fusion.types import RunOptions
-from recsys.collaborative.base import Member, NeighbourState, TrainingData, join_blocks, largest_by_row
+from recsys.collaborative.base import Decay, Member, NeighbourState, TrainingData, join_blocks, largest_by_row
 
 BLOCK = 1024
 """Rows of the item × item matrix that are dense at a time."""
@@ -30,6 +30,8 @@ class ItemKNN(NeighbourState, Member):
         """How many neighbours of each item are kept."""
         shrinkage: float = Field(10.0, ge=0)
         """Added to the denominator: pulls similarities that rest on few users toward zero."""
+        decay: Decay = 1.0
+        """What an item of a history counts in an answer, relative to the one taken after it."""
         weighting: Literal["cosine", "tfidf", "bm25"] = "tfidf"
         """How much each user counts."""
 
@@ -43,7 +45,9 @@ class ItemKNN(NeighbourState, Member):
             rows = slice(start, min(start + BLOCK, vectors.shape[0]))
             product = (vectors[rows] @ transposed).toarray()
             product /= norms[rows, None] * norms[None, :] + self.config.shrinkage + 1e-12
-            product[np.arange(len(product)), np.arange(rows.start, rows.stop)] = 0.0  # an item is no neighbour of itself
+            product[np.arange(len(product)), np.arange(rows.start, rows.stop)] = (
+                0.0  # an item is no neighbour of itself
+            )
             blocks.append(largest_by_row(product, keep))
         self.index, self.weight, self.truncation = join_blocks(blocks)
         self.speaks = data.counts > 0

@@ -9,7 +9,15 @@ from fusion.compat import keras, tf
 from fusion.config import Settings
 from fusion.training.trainer import TrainingSettings
 from fusion.types import History, RunOptions, derive_seed
-from recsys.collaborative.base import EmbeddingScorer, Member, TrainingData, padded_numbers, pool_history
+from recsys.collaborative.base import (
+    Decay,
+    EmbeddingScorer,
+    Member,
+    TrainingData,
+    padded_numbers,
+    pool_history,
+    recency,
+)
 from recsys.collaborative.pairs import HistoryPairs, train_towers
 
 
@@ -33,6 +41,8 @@ class MatrixFactorization(Member):
         """Penalty on the embeddings."""
         temperature: float = Field(1.0, gt=0)
         """Divides the scores in the softmax."""
+        decay: Decay = 1.0
+        """What an item of a history counts in an answer, relative to the one taken after it."""
         training: TrainingSettings = TrainingSettings(epochs=20, batch_size=1024, learning_rate=0.005)
         """The training loop."""
 
@@ -56,7 +66,7 @@ class MatrixFactorization(Member):
         history = keras.Input((None,), dtype=tf.int32, name="history")
         target = keras.Input((), dtype=tf.int32, name="target")
         rows = embed(items + 1, "history_table")(padded_numbers(history, items))
-        user = pool_history(rows, history >= 0, unit=False)
+        user = pool_history(rows, recency(history, 1.0), unit=False)
         user = keras.layers.Dropout(
             self.config.dropout, rng_type="stateful", force_generator=True, seed=derive_seed(self.seed, "dropout")
         )(user)
@@ -69,7 +79,7 @@ class MatrixFactorization(Member):
 
     def _scorer_now(self) -> tf.Module:
         history, item = self._tables()
-        return EmbeddingScorer(history, item, np.zeros(len(item), np.float32), unit=False)
+        return EmbeddingScorer(history, item, unit=False, decay=self.config.decay)
 
     def state(self) -> dict[str, np.ndarray]:
         return {"history_table": self.tables[0], "item_table": self.tables[1], "speaks": self.speaks}
@@ -79,4 +89,4 @@ class MatrixFactorization(Member):
         self.speaks = state["speaks"]
 
     def scorer(self) -> tf.Module:
-        return EmbeddingScorer(*self.tables, np.zeros(len(self.tables[1]), np.float32), unit=False)
+        return EmbeddingScorer(*self.tables, unit=False, decay=self.config.decay)

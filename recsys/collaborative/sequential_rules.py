@@ -6,12 +6,11 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from fusion.compat import tf
 from fusion.config import Settings
 from fusion.types import RunOptions
 from recsys.collaborative.base import (
+    Decay,
     Member,
-    NeighbourScorer,
     NeighbourState,
     TrainingData,
     join_blocks,
@@ -38,8 +37,8 @@ class SequentialRules(NeighbourState, Member):
         """How many steps apart two items of a history may be."""
         backward: float = Field(0.5, ge=0, le=1)
         """What a pair counts in the direction against time."""
-        decay: float = Field(0.9, gt=0, le=1)
-        """What an item of a history counts, relative to the one taken after it."""
+        decay: Decay = 0.9
+        """What an item of a history counts in an answer, relative to the one taken after it."""
         shrinkage: float = Field(10.0, ge=0)
         """Added to the denominator: pulls weights that rest on few users toward zero."""
         neighbours: int = Field(200, ge=1, le=10_000)
@@ -70,6 +69,3 @@ class SequentialRules(NeighbourState, Member):
             weight = np.full(len(earlier), 1.0 / steps, np.float32)
             forward += sparse.csr_matrix((weight, (earlier, later)), shape=(items, items))
         return (forward + self.config.backward * forward.T).tocsr()
-
-    def scorer(self) -> tf.Module:
-        return NeighbourScorer(self.index, self.weight, self.config.decay)

@@ -6,6 +6,7 @@ A new kind adds its tiny settings to `TINY`. What is special about one kind stan
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fusion.types import RunOptions
 from recsys.collaborative import MEMBERS
 from recsys.collaborative.base import PADDING, Member, TrainingData, largest_by_row, padded_numbers
 from recsys.collaborative.ials import conjugate_gradients
-from recsys.collaborative.pairs import Pairs
+from recsys.collaborative.pairs import HistoryPairs, in_batch_softmax
 from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.evaluation import Question, question
 from recsys.metrics import RankedLists, parse_metric
@@ -46,7 +47,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
             "encoder": {"kind": "image_cnn", "image_size": 16, "widths": [8, 16]},
             "dimensions": 8,
             "training": TOWERS,
-            "fine_tuning": {"pairs": 512, "training": {"epochs": 1, "batch_size": 32, "learning_rate": 0.01}},
+            "fine_tuning": {"pairs": 1024, "training": {"epochs": 2, "batch_size": 32, "learning_rate": 0.01}},
         },
     ],
 }
@@ -127,9 +128,7 @@ class TestEveryMember:
         a, b, c = case.world.warm[[1, 4, 8]]
         expected = score(case.member, np.array([[a, b, c]], np.int32))
         for padded in ([a, b, c, *[-1] * 30], [-1, -1, a, b, c], [a, -1, b, -1, -1, c]):
-            np.testing.assert_allclose(
-                score(case.member, np.array([padded], np.int32)), expected, rtol=1e-4, atol=1e-5
-            )
+            np.testing.assert_allclose(score(case.member, np.array([padded], np.int32)), expected, rtol=1e-4, atol=1e-5)
 
     def test_only_members_of_sequences_read_the_order(self, case: Fitted) -> None:
         a, b, c = (int(n) for n in case.world.warm[[1, 4, 8]])
@@ -160,7 +159,7 @@ class TestEveryMember:
         assert (case.member.speaks[cold] == (kind_of(case.member) in READS_CONTENT)).all()
 
     def test_beats_random(self, case: Fitted, tmp_path: Path) -> None:
-        """D3m: among the items that it speaks about. Popularity, which cannot know taste, where all taste is the same."""
+        """D3m: among the items that it speaks about; popularity, which cannot know taste, where all have the same."""
         member, where = case.member, case.world
         if not member.personal:
             where = world(shuffle_labels=True, noise=20.0)
@@ -210,28 +209,37 @@ def random_ndcg(asked: Question, seed: int) -> float:
     return float(np.nanmean(parse_metric("ndcg@10", "candidates").of_lists(lists)))
 
 
+def quickly(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same member, trained too little to be of use."""
+    short: dict[str, Any] = {"training": {**TOWERS, "epochs": 1}} if "training" in settings else {}
+    if "fine_tuning" in settings:
+        short["fine_tuning"] = {"pairs": 128, "training": {"epochs": 1, "batch_size": 32}}
+    return {**settings, **short}
+
+
 @every_kind
 def test_fitted_on_train_only(settings: dict[str, Any], tmp_path: Path) -> None:
     """B17: nothing that is fitted, vocabularies included, depends on test rows or on what only stands in them.
 
     A content member keeps a row for every item of the catalogue; what it learned is the rows of trained items.
     """
-    quick = {**settings, "training": {**TOWERS, "epochs": 1}} if "training" in settings else settings
-    trained = world().warm
+    where, quick = world(strategy="item_holdout"), quickly(settings)
+    trained = where.warm
     number = iter(range(3))
 
     def fit(data: Interactions, parts: np.ndarray) -> State:
         folder = tmp_path / str(next(number))
         state = fitted(quick, training_data(data, parts, folder / "cache", validate=True), folder).state()
-        by_item = {"embeddings", "history_table", "item_table", "speaks"} if settings["kind"] in READS_CONTENT else set()
-        return {name: array[trained] if name in by_item else array for name, array in state.items()}
+        if settings["kind"] in READS_CONTENT:
+            state |= {name: state[name][trained] for name in ("embeddings", "history_table", "item_table", "speaks")}
+        return state
 
-    assert_fitted_on_train_only(fit, world().data, world().parts)
+    assert_fitted_on_train_only(fit, where.data, where.parts)
 
 
 @every_kind
 def test_the_seed_decides(settings: dict[str, Any], tmp_path: Path) -> None:
-    quick = {**settings, "training": {**TOWERS, "epochs": 1}} if "training" in settings else settings
+    quick = quickly(settings)
     histories = pad(([1, 2, 3], [7]))
     first, same, other = (
         score(fitted(quick, world().training(tmp_path / "cache"), tmp_path / str(run), seed), histories)
@@ -389,7 +397,7 @@ class TestImplicitALS:
         exact = np.linalg.solve(systems.astype(np.float64), targets[..., None])[..., 0]
         solve = lambda steps: conjugate_gradients(tf.constant(systems), tf.constant(targets), steps).numpy()  # noqa: E731
         distances = [np.abs(solve(steps) - exact).max() for steps in (1, 4, 12)]
-        assert distances[0] > 10 * distances[1] > 100 * distances[2] and distances[2] < 1e-5
+        assert distances[0] > 5 * distances[1] > 500 * distances[2] and distances[2] < 1e-5
         np.testing.assert_allclose(solve(60), exact, atol=1e-5)  # steps too many do no harm
         assert (solve(12)[2] == 0).all()
 
@@ -437,7 +445,7 @@ class TestMatrixFactorization:
         member, data = part.make(0), world().training(tmp_path, validate=True)
         history = member.fit(data, RunOptions(0, tmp_path / "run", quiet=True))
         losses = [epoch["train_loss"] for epoch in history.epochs]
-        assert len(losses) == 6 and all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+        assert len(losses) == 6 and all(b < a for a, b in itertools.pairwise(losses))
         measured = [epoch["ndcg@10"] for epoch in history.epochs]
         assert history.best_epoch == int(np.argmax(measured))
         assert data.validate is not None
@@ -446,7 +454,7 @@ class TestMatrixFactorization:
     def test_pairs_never_show_the_answer(self) -> None:
         """The item to be predicted is not in the history that it is predicted from."""
         matrix = world().training(Path()).matrix
-        pairs = Pairs(matrix, max_history=6, seed=0)
+        pairs = HistoryPairs(matrix, max_history=6, seed=0)
         batch = pairs.gather(np.arange(len(pairs)))
         assert batch["history"].shape == (len(pairs), 6)
         assert not (batch["history"] == batch["target"][:, None]).any()
@@ -457,6 +465,19 @@ class TestMatrixFactorization:
         assert dense[rows, batch["history"]][batch["history"] >= 0].all()
         share = np.bincount(batch["target"], minlength=matrix.shape[1]) / len(pairs)
         np.testing.assert_allclose(batch["probability"], share[batch["target"]], rtol=1e-5)
+
+
+def test_the_loss_is_the_corrected_in_batch_softmax() -> None:
+    """Yi et al. 2019: logits / temperature - log(probability), without the negatives that equal the target."""
+    random = np.random.default_rng(0)
+    user, item = random.normal(size=(2, 4, 3)).astype(np.float32)
+    target, probability = np.array([5, 6, 5, 7]), np.array([0.4, 0.2, 0.4, 0.1], np.float32)
+    logits = user @ item.T / 0.5 - np.log(probability)
+    logits[(target[:, None] == target) & ~np.eye(4, dtype=bool)] = -np.inf
+    expected = -np.diag(logits) + np.log(np.exp(logits).sum(axis=1))
+    loss = in_batch_softmax(lambda batch, training: {"user": tf.constant(user), "item": tf.constant(item)}, 0.5)
+    found = loss({"target": tf.constant(target), "probability": tf.constant(probability)})
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 class TestContent:
