@@ -17,7 +17,7 @@ from recsys.collaborative.base import Member, TrainingData
 from recsys.core import MemberScores
 from recsys.datasets.planted import Planted
 from recsys.evaluation import Question, Ranker, question, validator
-from recsys.metrics import parse_metric
+from recsys.metrics import RankedLists, parse_metric
 from recsys.schema import TEST, TRAIN, VALIDATION, Interactions
 from recsys.splits import SplitSettings, split
 
@@ -78,4 +78,13 @@ def member_part(settings: dict[str, Any]) -> Part:
 def ndcg(member: Member, asked: Question) -> float:
     """NDCG@10 of one member over the users of a question."""
     lists = Ranker(MemberScores({"member": member}), {}, 10)(asked).lists["member"]
+    return float(np.nanmean(parse_metric("ndcg@10", "candidates").of_lists(lists)))
+
+
+def random_ndcg(asked: Question, seed: int) -> float:
+    """NDCG@10 of one random order of the candidates for each user: chance."""
+    relevant = asked.relevant[asked.users]
+    scores = np.random.default_rng(seed).random(relevant.shape)
+    open_to = asked.candidates & (asked.seen[asked.users].toarray() == 0)
+    lists = RankedLists.from_scores(scores, open_to, relevant.indptr, relevant.indices, 10)
     return float(np.nanmean(parse_metric("ndcg@10", "candidates").of_lists(lists)))

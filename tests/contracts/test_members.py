@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from leaks import State, assert_fitted_on_train_only
 from scipy import sparse
-from worlds import World, fitted, member_part, ndcg, training_data
+from worlds import World, fitted, member_part, ndcg, random_ndcg, training_data
 
 from fusion.compat import tf
 from fusion.errors import ConfigError, MachineError
@@ -29,8 +29,7 @@ from recsys.collaborative.base import PADDING, Member, TrainingData, largest_by_
 from recsys.collaborative.ials import conjugate_gradients
 from recsys.collaborative.pairs import HistoryPairs, in_batch_softmax
 from recsys.core import HISTORY_SPEC, MemberScores
-from recsys.evaluation import Question, question
-from recsys.metrics import RankedLists, parse_metric
+from recsys.evaluation import question
 from recsys.schema import TEST, Interactions
 
 TOWERS = {"epochs": 5, "batch_size": 128, "learning_rate": 0.02}
@@ -198,15 +197,6 @@ class TestEveryMember:
 
 def kind_of(member: Member) -> str:
     return next(kind for kind in MEMBERS if MEMBERS[kind] is type(member))
-
-
-def random_ndcg(asked: Question, seed: int) -> float:
-    """NDCG@10 of one random order of the candidates for each user."""
-    relevant = asked.relevant[asked.users]
-    scores = np.random.default_rng(seed).random(relevant.shape)
-    open_to = asked.candidates & (asked.seen[asked.users].toarray() == 0)
-    lists = RankedLists.from_scores(scores, open_to, relevant.indptr, relevant.indices, 10)
-    return float(np.nanmean(parse_metric("ndcg@10", "candidates").of_lists(lists)))
 
 
 def quickly(settings: dict[str, Any]) -> dict[str, Any]:
