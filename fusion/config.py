@@ -44,7 +44,9 @@ def _mapping_without_repeats(loader: _UniqueKeyLoader, node: yaml.MappingNode) -
         if not isinstance(key, str):
             raise ConfigError(f"a key must be a word; received {key!r} ({place}). Put it in quotes if it is meant.")
         if key in seen:
-            raise ConfigError(f"a key may stand once in a mapping; received '{key}' twice ({place}). Remove one of them.")
+            raise ConfigError(
+                f"a key may stand once in a mapping; received '{key}' twice ({place}). Remove one of them."
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 

@@ -70,7 +70,9 @@ class Ensemble:
                 feature = tensor.name.split(":")[0]
                 own[feature] = keras.Input(tensor.shape[1:], dtype=tensor.dtype, name=f"{name}_{feature}")
             inputs |= {f"{name}_{feature}": tensor for feature, tensor in own.items()}
-            logits.append(member.model(own)["logits"])
+            # Under the member's name: two members with encoders of one kind have models of one name.
+            renamed = keras.Model(member.model.inputs, member.model.output["logits"], name=name)
+            logits.append(renamed(own))
         mask = keras.Input((len(self.members),), dtype=tf.bool, name="mask")
         stacked = tf.stack(logits, axis=1)
         contributions, bias = self.rule.contributions(stacked, mask)

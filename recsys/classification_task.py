@@ -69,8 +69,10 @@ class ClassificationTask:
 
     @functools.cached_property
     def manifest(self) -> SplitManifest:
-        """The split that all members share."""
-        return SplitManifest.load(self.run.path("data"))
+        """The split that all members share; GateError when the data are not those that were split."""
+        manifest = SplitManifest.load(self.run.path("data"))
+        manifest.verify(self.table)
+        return manifest
 
     def rows(self, part: int) -> np.ndarray:
         """Row numbers of a part."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion.config import read_config
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, MachineError
+from fusion.files import writing
 from fusion.registry import Registry
 from recsys.run import Run
 from recsys.settings import parse_experiment
@@ -31,9 +33,10 @@ def run_experiment(experiment: Any, root: str | Path = "runs", *, fresh: bool = 
 
     Returns the run; its `report.json`, `report.html` and `export/` are then complete.
     """
-    run = Run.start(experiment, Path(root), fresh=fresh, quiet=quiet)
-    with run.locked():
-        run_stages(run)
+    with machine_faults(Path(root)):
+        run = Run.start(experiment, Path(root), fresh=fresh, quiet=quiet)
+        with run.locked():
+            run_stages(run)
     return run
 
 
@@ -56,5 +59,44 @@ def rerun(run: Run, stages: Sequence[str]) -> None:
             f"the stage {stages[0]} needs what {missing[0]} leaves; {run.folder} did not get that far. "
             "Run tools/train.py with its config again to continue it."
         )
-    with run.locked():
+    with machine_faults(run.folder), run.locked():
         run_stages(run, again=stages)
+
+
+FULL = ("No space left on device", "File too large", "Disk quota exceeded", "Read-only file system")
+"""How TensorFlow's own writers, whose errors have no number, say that the disk refuses."""
+
+
+@contextlib.contextmanager
+def machine_faults(folder: Path) -> Iterator[None]:
+    """Turns what a full disk or a full memory raises anywhere below into a MachineError."""
+    from fusion.compat import tf
+
+    try:
+        with writing(folder):
+            yield
+    except MemoryError as error:
+        raise _out_of_memory(error) from error
+    except tf.errors.ResourceExhaustedError as error:
+        raise (_refused(folder, error) if _is_full(error) else _out_of_memory(error)) from error
+    except tf.errors.OpError as error:
+        if not _is_full(error):
+            raise
+        raise _refused(folder, error) from error
+
+
+def _is_full(error: Exception) -> bool:
+    return any(words in str(error) for words in FULL)
+
+
+def _refused(folder: Path, error: Exception) -> MachineError:
+    words = next(words for words in FULL if words in str(error))
+    return MachineError(f"{folder} must have room to write; received '{words}'. Free some space, then run again.")
+
+
+def _out_of_memory(error: Exception) -> MachineError:
+    first = (str(error).splitlines() or ["no more memory"])[0][:200]
+    return MachineError(
+        f"the run must fit into memory; received '{first}'. Use a smaller batch_size or fewer items (cleaning.k_core_items), "
+        "or a machine with more."
+    )

@@ -66,8 +66,10 @@ class RankingTask:
 
     @functools.cached_property
     def manifest(self) -> SplitManifest:
-        """The split that all members share."""
-        return SplitManifest.load(self.run.path("data"))
+        """The split that all members share; GateError when the data are not those that were split."""
+        manifest = SplitManifest.load(self.run.path("data"))
+        manifest.verify(self.interactions)
+        return manifest
 
     @property
     def parts(self) -> np.ndarray:

@@ -54,7 +54,9 @@ class ServedRecommender(tf.Module):
         self.user_table = _id_table(user_ids)
         self.history = _Rows(history, "history")
         self.seen = _Rows(seen, "seen")
-        self.encoders = dict(encoders or {})
+        self.encoders = {name: embed_function(encoder) for name, encoder in (encoders or {}).items()}
+        # Not the models: of these Keras would write every layer's functions as well, ten times as slowly.
+        self.encoder_variables = {name: encoder.variables for name, encoder in (encoders or {}).items()}
 
     def signatures(self) -> dict[str, Any]:
         """Concrete functions by signature name."""
@@ -64,7 +66,7 @@ class ServedRecommender(tf.Module):
             "similar_items": self.similar_items.get_concrete_function(),
         }
         for name, encoder in self.encoders.items():
-            functions[f"embed_item_{name}"] = embed_function(encoder).get_concrete_function()
+            functions[f"embed_item_{name}"] = encoder.get_concrete_function()
         return functions
 
     @tf.function(input_signature=[_ids("history", 2), _ids("candidates", 2)])

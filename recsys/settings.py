@@ -1,4 +1,4 @@
-"""The whole experiment as settings: what a config file may say, and everything that can be checked before data is read."""
+"""The whole experiment as settings: what a config file may say, and all that can be checked before data is read."""
 
 from __future__ import annotations
 
@@ -126,17 +126,24 @@ class Experiment(Settings):
 
     def check(self) -> None:
         """Raises ConfigError for everything that is wrong whatever the data holds."""
-        for what, names in (("name", [self.name]), ("member", self.members), ("rule", self.rules)):  # type: ignore[attr-defined]
+        for what, names in (("run", [self.name]), ("member", self.members), ("rule", self.rules)):  # type: ignore[attr-defined]
             for name in names:
                 if not NAME.match(name):
                     raise ConfigError(
-                        f"a {what} must be letters, digits and '_' (it names folders and signatures); received {name!r}."
+                        f"the name of a {what} must be a letter and then letters, digits or '_', 41 at most (it names "
+                        f"folders and signatures); received {name[:100]!r}."
                     )
         both = set(self.members) & set(self.rules)  # type: ignore[attr-defined]
         if both:
             raise ConfigError(f"members and rules must have different names; both have '{both.pop()}'.")
         for name in self.metrics:
             parse_metric(name, self._over)
+        primary = parse_metric(self.primary, self._over)
+        if primary.kind == "list" or primary.needs:
+            raise ConfigError(
+                f"evaluation.primary must judge each user's list by what is relevant, as {self._task_primary()} does; "
+                f"received '{self.primary}', which looks at the catalogue."
+            )
         for name, rule in self.rules.items():
             try:
                 RULES[rule.kind].check(rule.config, list(self.members))  # type: ignore[attr-defined]

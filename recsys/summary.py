@@ -21,7 +21,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
     """Members and rules on test with the interval of the deciding metric; the best of each by validation is marked."""
     primary = report["primary_metric"]
     names = [primary, *(m for m in SHOWN[report["task"]] if m != primary and _has(report, m))]
-    table = Table(title=_title(report), title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
@@ -35,6 +35,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
     with console.capture() as captured:
         console.print(table)
     lines = [
+        _title(report),
         captured.get().rstrip(),
         "* chosen on validation; all figures are of the test part",
         "",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +13,8 @@ EXIT_CODES = """exit codes:
   0 done   1 something unexpected   2 config or command line   3 data   4 a promise was not kept (parity, hashes)
   5 the machine refuses (disk, permissions, memory, lock)   130 interrupted
 """
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -24,19 +28,31 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 def run(main: Callable[[], int | None], *, resume: str = "run the same command again to continue") -> None:
     """Calls `main` and ends the process with its exit code; errors of ours become one sentence on stderr."""
-    from fusion.errors import INTERRUPTED, EngineError
+    from fusion.errors import INTERRUPTED, EngineError, MachineError
 
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()  # here, where a reader that has gone or a full disk is still answered
+        sys.exit(code)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"\ninterrupted: everything finished so far is kept; {resume}.", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(0)  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        _leave_stdout()
+        sys.exit(0)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _leave_stdout()
+            print(f"error: there must be room to write; received '{error}'. Free some space.", file=sys.stderr)
+            sys.exit(MachineError.exit_code)
         traceback.print_exc()
         print(f"error: unexpected {type(error).__name__}; please report it with the lines above.", file=sys.stderr)
         sys.exit(1)
+
+
+def _leave_stdout() -> None:
+    """What could not be written stays unwritten: Python would try once more at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,13 +20,15 @@ def main() -> int:
     parser = cli.parser(__doc__ or "", EXAMPLES)
     parser.add_argument("config", help="the experiment, a YAML file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config, as in split.seed=1"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config, as in seed=1"
     )
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs and their cache lie (default: runs)")
-    parser.add_argument("--fresh", action="store_true", help="start anew even if an unfinished run of this config exists")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs"), help="where runs and the cache lie (default: runs)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew, not from an unfinished run of this config")
     parser.add_argument("--strict", action="store_true", help="fail on the first row that cleaning would drop")
-    parser.add_argument("--refit", choices=["none", "all"], help="train once more on every row before the export, or not")
-    parser.add_argument("--dry-run", action="store_true", help="print plan, rows, parameters, time and memory, and stop")
+    parser.add_argument("--refit", choices=["none", "all"], help="train on every row before the export, or not")
+    parser.add_argument("--dry-run", action="store_true", help="print plan, rows, estimated time and memory")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args()

@@ -6,6 +6,8 @@ MEMBERS = Registry(
     "member",
     {
         "popularity": "recsys.collaborative.popularity:Popularity",
+        "category_popularity": "recsys.collaborative.category_popularity:CategoryPopularity",
+        "random_order": "recsys.collaborative.random_order:RandomOrder",
         "item_knn": "recsys.collaborative.item_knn:ItemKNN",
         "ease": "recsys.collaborative.ease:Ease",
         "ials": "recsys.collaborative.ials:ImplicitALS",

@@ -58,7 +58,7 @@ class TrainingData:
         """Names everything that fitting `part` on this data depends on, for the cache of fitted members."""
         matrix = self.matrix
         validated = [self.validation_hash, self.monitor] if self.validate else None
-        content = table_hash(self.catalogue) if part.kind == "content" else ""
+        content = table_hash(self.catalogue) if part.registry[part.kind].reads_content else ""
         return content_hash([arrays_hash(matrix.indptr, matrix.indices, np.array(matrix.shape)), content, validated])
 
 
@@ -68,10 +68,12 @@ class Member(abc.ABC):
     Attributes:
         Config: the settings class of the member.
         personal: False when every user gets the same scores (popularity).
+        reads_content: True when fitting depends on texts or images of the catalogue.
     """
 
     Config: ClassVar[type[Settings]]
     personal: ClassVar[bool] = True
+    reads_content: ClassVar[bool] = False
 
     def __init__(self, config: Any, seed: int = 0) -> None:
         self.config = config
@@ -167,6 +169,17 @@ def pool_history(rows: tf.Tensor, weights: tf.Tensor, *, unit: bool) -> tf.Tenso
     if unit:
         return total * tf.math.rsqrt(tf.reduce_sum(total * total, axis=-1, keepdims=True) + 1e-12)
     return total * tf.math.rsqrt(tf.maximum(tf.reduce_sum(weights * weights, axis=1, keepdims=True), 1e-6))
+
+
+class ConstantScorer(tf.Module):
+    """The same scores for every history."""
+
+    def __init__(self, scores: np.ndarray) -> None:
+        super().__init__()
+        self.scores = constant(scores, tf.float32, "scores")
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        return tf.zeros([tf.shape(history)[0], 1]) + self.scores
 
 
 class NeighbourScorer(tf.Module):

@@ -62,6 +62,8 @@ class Content(Member):
         fine_tuning: FineTuning = FineTuning()
         """The training loop of the encoder."""
 
+    reads_content = True
+
     def __init__(self, config: Any, seed: int = 0) -> None:
         super().__init__(config, seed)
         self.encoder = config.encoder.make(derive_seed(seed, "encoder"))
@@ -219,6 +221,8 @@ def join_columns(table: Any, columns: Sequence[str]) -> list[str]:
     for column in columns:
         if column not in table:
             raise DataError(f"the table has no column '{column}': {nearest(column, table.columns)}")
+    if not columns:
+        return [""] * len(table)
     parts = [table[column].fillna("").astype(str).str.strip() for column in columns]
     return [". ".join(filter(None, row)) for row in zip(*parts, strict=True)]
 

@@ -7,7 +7,7 @@ import numpy as np
 from fusion.compat import tf
 from fusion.config import Settings
 from fusion.types import RunOptions
-from recsys.collaborative.base import Member, TrainingData, constant
+from recsys.collaborative.base import ConstantScorer, Member, TrainingData
 
 
 class Popularity(Member):
@@ -29,13 +29,5 @@ class Popularity(Member):
         self.scores, self.speaks = state["scores"], state["speaks"]
 
     def scorer(self) -> tf.Module:
-        return _Constant(self.scores)
+        return ConstantScorer(self.scores)
 
-
-class _Constant(tf.Module):
-    def __init__(self, scores: np.ndarray) -> None:
-        super().__init__()
-        self.scores = constant(scores, tf.float32, "popularity")
-
-    def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        return tf.zeros([tf.shape(history)[0], 1]) + self.scores

