@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusion.config import Part, content_hash
+from fusion.errors import DataError
 from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays
 from fusion.types import History, RunOptions, derive_seed
 from recsys.run import code_version
@@ -59,9 +61,13 @@ def fit_member(
 def _fit_into(
     folder: Path, work: Path, name: str, part: Part, data: FitData, seed: int, strategy: Any, quiet: bool
 ) -> None:
-    member = part.make(derive_seed(seed, "member", name))
     started = time.perf_counter()
-    history = member.fit(data, RunOptions(derive_seed(seed, "training", name), work, strategy, quiet))
+    try:
+        with strategy.scope() if strategy else contextlib.nullcontext():  # where its variables have to be made
+            member = part.make(derive_seed(seed, "member", name))
+            history = member.fit(data, RunOptions(derive_seed(seed, "training", name), work, strategy, quiet))
+    except DataError as error:
+        raise DataError(f"members.{name}: {error}") from error
     seconds = time.perf_counter() - started
     with atomic_folder(folder) as aside:
         save_arrays(aside / "state.npz", member.state())

@@ -251,7 +251,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 def test_a_finished_run_is_not_continued_and_members_come_from_the_cache(
     uninterrupted: Run, fits: list[tuple[str, Any]]
 ) -> None:
-    """What a config, its rows and the code have already made is not made again."""
+    """G2: what a config, its rows and the code have already made is not made again."""
     root = uninterrupted.folder.parent.parent
     again = run_of(cheap(), root)
     assert again.folder != uninterrupted.folder and fits == []
@@ -340,8 +340,8 @@ def classes(members: dict[str, Any], *, data: dict[str, Any] | None = None, **se
     }
 
 
-def text_member(column: str) -> dict[str, Any]:
-    training = {"epochs": 15, "batch_size": 64, "learning_rate": 0.05, "patience": 3}
+def text_member(column: str, epochs: int = 10) -> dict[str, Any]:
+    training = {"epochs": epochs, "batch_size": 64, "learning_rate": 0.05, "patience": 3}
     return {"encoder": {"kind": "text_tfidf", "dimensions": 16}, "columns": [column], "training": training}
 
 
@@ -417,7 +417,7 @@ class TestClassification:
 def test_shuffled_labels_leave_every_classifier_at_chance(tmp_path: Path) -> None:
     """H5, the negative control that is shipped: of four classes the stacker names a quarter rightly."""
     config = classes(
-        {"text": text_member("text"), "note": text_member("note")},
+        {"text": text_member("text", 4), "note": text_member("note", 4)},
         data={"shuffle_labels": True},
         export={"enabled": False},
     )
