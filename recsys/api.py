@@ -1,4 +1,4 @@
-"""Experiments from Python: what the tools do, as one object with `fit`, `evaluate`, `recommend`, `export` and `load`."""
+"""Experiments from Python: what the tools do, as one object that fits, evaluates, recommends, exports and loads."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Recommender:
         table = pd.DataFrame(
             {
                 "row": rows,
-                USER_ID: [user_ids[row] if user_ids is not None else "" for row in rows],
+                USER_ID: [user_ids[int(row)] if user_ids is not None else "" for row in rows],
                 "rank": places + 1,
                 ITEM_ID: [item.decode("utf-8") for item in found["item_ids"][rows, places]],
                 "score": found["scores"][rows, places],

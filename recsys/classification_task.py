@@ -24,6 +24,7 @@ from fusion.training.strategy import make_strategy
 from fusion.types import derive_seed
 from recsys.cleaning import clean_examples
 from recsys.collaborative.content import join_columns
+from recsys.decoding import decoder_of
 from recsys.fitting import Fitted, fit_member, keep_copy, load_fitted, without_validation
 from recsys.run import Run
 from recsys.schema import IMAGE, LABEL, SPLIT, TEST, TRAIN, VALIDATION, Dropped
@@ -46,7 +47,8 @@ class ClassificationTask:
         """Reads, cleans, splits, and leaves the table, the split and what was dropped in `data/`."""
         experiment = self.experiment
         tables = experiment.data.registry[experiment.data.kind].read(experiment.data.config)
-        table, dropped = clean_examples(tables, experiment.cleaning)
+        decode = decoder_of(experiment, self.run.cache, quiet=self.run.quiet)
+        table, dropped = clean_examples(tables, experiment.cleaning, decode)
         given = list(table[SPLIT]) if SPLIT in table else None
         parts = split_examples(table[LABEL].to_numpy(), given, experiment.split)
         folder = self.run.path("data")

@@ -1,6 +1,6 @@
 """Cleaning: rules that remove rows which cannot be used, each with a count and examples of what it removed.
 
-Images are judged by existence, size and first bytes only; decoding them is done by `fusion.images`.
+Images are judged by existence, size and first bytes; what only decoding shows, a `Decode` finds out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fusion.config import Settings
 from fusion.errors import DataError
 from recsys.conditions import Condition
 from recsys.datasets.tables import as_text, part_names, require
+from recsys.decoding import Decode
 from recsys.schema import (
     IMAGE,
     ITEM_ID,
@@ -80,7 +81,9 @@ def parse_positive(rule: str) -> Condition | None:
     return None if rule.strip() == ANY else Condition.parse(rule)
 
 
-def clean(tables: Tables, settings: CleaningSettings, positive: str = ANY) -> tuple[Interactions, list[Dropped]]:
+def clean(
+    tables: Tables, settings: CleaningSettings, positive: str = ANY, decode: Decode | None = None
+) -> tuple[Interactions, list[Dropped]]:
     """Applies the rules to a recommendation data set and turns ids into numbers.
 
     Numbers follow the sorted ids and rows are sorted by user, time and item, so the order of rows in the
@@ -88,6 +91,7 @@ def clean(tables: Tables, settings: CleaningSettings, positive: str = ANY) -> tu
 
     Args:
         positive: `any`, or a condition on a column of the interactions such as `rating >= 4`.
+        decode: finds images that cannot be used; without it only files and first bytes are looked at.
 
     Returns:
         The cleaned interactions, and one entry for each rule that removed something, in order of application.
@@ -106,7 +110,7 @@ def clean(tables: Tables, settings: CleaningSettings, positive: str = ANY) -> tu
     where = f"{tables.name}'s interactions"
     require(tables.interactions, (USER_ID, ITEM_ID), where)
     require(tables.items, (ITEM_ID,), f"{tables.name}'s items")
-    catalogue = _clean_items(_with_text(tables.items, (ITEM_ID,)), settings, log)
+    catalogue = _clean_items(_with_text(tables.items, (ITEM_ID,)), settings, log, decode)
     table = _with_text(tables.interactions, (USER_ID, ITEM_ID)).reset_index(drop=True)
     positive_rows = np.ones(len(table), bool) if condition is None else condition.holds(table, where)
     rows = _Rows(table, pd.Index(catalogue[ITEM_ID]), positive_rows)
@@ -248,7 +252,7 @@ def _has_control(external_id: str) -> bool:
     return not external_id.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in external_id)
 
 
-def _clean_items(items: pd.DataFrame, settings: CleaningSettings, log: _Log) -> pd.DataFrame:
+def _clean_items(items: pd.DataFrame, settings: CleaningSettings, log: _Log, decode: Decode | None) -> pd.DataFrame:
     codes, ids = _codes(items[ITEM_ID])
     kept = np.ones(len(items), bool)
     for fault, bad_ids in _id_faults(ids, settings.max_id_bytes).items():
@@ -260,14 +264,17 @@ def _clean_items(items: pd.DataFrame, settings: CleaningSettings, log: _Log) -> 
     catalogue = items[kept & ~again].reset_index(drop=True)
     if IMAGE not in catalogue:
         catalogue[IMAGE] = ""
-    return _clean_images(catalogue, settings, log)
+    return _clean_images(catalogue, settings, log, decode)
 
 
-def _clean_images(table: pd.DataFrame, settings: CleaningSettings, log: _Log) -> pd.DataFrame:
-    """Turns paths that cannot be images into '' (the modality is missing); the rows stay."""
+def _clean_images(table: pd.DataFrame, settings: CleaningSettings, log: _Log, decode: Decode | None) -> pd.DataFrame:
+    """Turns images that cannot be used into '' (the modality is missing); the rows stay."""
     images = table[IMAGE].to_numpy(object)
     largest = settings.max_image_bytes
     faults = [_image_fault(image, largest) if isinstance(image, str) else "" for image in images]
+    if decode:
+        passed = [image if not fault else "" for image, fault in zip(images, faults, strict=True)]
+        faults = [before or after for before, after in zip(faults, decode(passed), strict=True)]
     cleaned = [image if not fault else "" for image, fault in zip(images, faults, strict=True)]
     found = np.array(faults, dtype=object)
     for fault in sorted(set(faults) - {""}):
@@ -409,8 +416,10 @@ def _check_enough(rows: _Rows, log: _Log, before: int, positive: str) -> None:
             )
 
 
-def clean_examples(tables: Tables, settings: CleaningSettings) -> tuple[pd.DataFrame, list[Dropped]]:
-    """Applies the rules to a classification data set; rows keep their order.
+def clean_examples(
+    tables: Tables, settings: CleaningSettings, decode: Decode | None = None
+) -> tuple[pd.DataFrame, list[Dropped]]:
+    """Applies the rules to a classification data set; rows keep their order. `decode` as in `clean`.
 
     Returns:
         The table with `label` as text, and one entry for each rule that removed something.
@@ -424,7 +433,7 @@ def clean_examples(tables: Tables, settings: CleaningSettings) -> tuple[pd.DataF
     table = _with_text(tables.items, (LABEL,)).reset_index(drop=True)
     if IMAGE not in table:
         table = table.assign(**{IMAGE: ""})
-    table = _clean_images(table, settings, log)
+    table = _clean_images(table, settings, log, decode)
     table = _drop_examples(table, table[LABEL].str.strip() == "", "empty labels", log)
     table = _drop_examples(table, _without_content(table), "examples without text and image", log)
     if settings.duplicate_examples == "keep_first":

@@ -19,7 +19,7 @@ from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.metrics import RankedLists, parse_metric
 from recsys.schema import HISTORY, TRAIN, VALIDATION, Interactions
 
-BLOCK_USERS = 256
+BLOCK_USERS = 128
 BLOCK_CELLS = 32_768
 """Users × history length of one block: neighbour members hold this many rows of their lists at a time."""
 

@@ -137,7 +137,9 @@ def sampled_scores(
 
     @tf.function(reduce_retracing=True)
     def features_at(scores: tf.Tensor, mask: tf.Tensor, sample: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
-        at = lambda tensor: tf.gather(tensor, sample, axis=2, batch_dims=1)  # noqa: E731
+        def at(tensor: tf.Tensor) -> tf.Tensor:
+            return tf.gather(tensor, sample, axis=2, batch_dims=1)
+
         return {name: at(rule.normalise(scores, mask)) for name, rule in rules.items()}, at(mask)
 
     result: dict[str, list[FoldScores]] = {name: [] for name in rules}

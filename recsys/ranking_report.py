@@ -240,7 +240,9 @@ class _Without:
 
     def __call__(self, scores: Any, mask: Any) -> Any:
         heard = np.arange(scores.shape[1]) != self.member
-        return self.rule(scores, mask & heard[None, :, None])
+        # Members are normalised each for itself, so all rules that lack one share this, the costly part.
+        features = self.rule.normalise(scores, mask)
+        return self.rule.fuse(features, mask & heard[None, :, None])
 
 
 def _columns(matrix: Any, keep: np.ndarray) -> Any:

@@ -20,6 +20,7 @@ from fusion.types import derive_seed
 from recsys.cleaning import clean
 from recsys.collaborative.base import Member, TrainingData
 from recsys.core import MemberScores
+from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
 from recsys.fitting import Fitted, fit_member, keep_copy, load_fitted, without_validation
 from recsys.metrics import Catalogue, parse_metric
@@ -45,7 +46,8 @@ class RankingTask:
         """Reads, cleans, splits, and leaves tables, the split and what was dropped in `data/`."""
         experiment = self.experiment
         tables = experiment.data.registry[experiment.data.kind].read(experiment.data.config)
-        data, dropped = clean(tables, experiment.cleaning, experiment.positive)
+        decode = decoder_of(experiment, self.run.cache, quiet=self.run.quiet)
+        data, dropped = clean(tables, experiment.cleaning, experiment.positive, decode)
         parts = split(data, experiment.split)
         folder = self.run.path("data")
         save_interactions(folder, data)
@@ -212,9 +214,7 @@ class RankingTask:
         if self.experiment.export.refit == "none":
             return {name: fitted.member for name, fitted in self.fitted.items()}
         data = self.interactions
-        everything = TrainingData(
-            matrix=data.matrix(data.positive), catalogue=data.catalogue, cache=self.run.cache
-        )
+        everything = TrainingData(matrix=data.matrix(data.positive), catalogue=data.catalogue, cache=self.run.cache)
         recipes = {n: without_validation(p, self.fitted[n].history) for n, p in self.experiment.members.items()}
         return {name: fitted.member for name, fitted in self._fit_all(everything, recipes).items()}
 
@@ -240,4 +240,3 @@ def data_hash(data: Interactions) -> str:
     arrays = [data.users, data.items, data.positive]
     arrays += [a for a in (data.timestamps, data.ratings) if a is not None]
     return arrays_hash(*arrays) + "-" + table_hash(data.catalogue)[:16]
-

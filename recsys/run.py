@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -85,8 +86,15 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Status and seconds of each finished stage."""
-        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        """Status, and seconds and peak of memory of each finished stage."""
+        path = self.folder / STATE
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"a run's folder must hold {STATE}; {path} cannot be read ({error}). "
+                "Start the experiment anew with tools/train.py --fresh."
+            ) from None
 
     def _write_state(self, state: dict[str, Any]) -> None:
         write_atomically(self.folder / STATE, json.dumps(state, indent=2))
@@ -101,13 +109,14 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage and marks it finished, unless it raises."""
+        """Times a stage, notes the process's peak of memory, and marks it finished, unless it raises."""
         if not self.quiet:
             print(f"{name} ...", file=sys.stderr, flush=True)
         started = time.perf_counter()
         yield
         state = self.state
-        state["stages"][name] = {"seconds": round(time.perf_counter() - started, 2)}
+        seconds = round(time.perf_counter() - started, 2)
+        state["stages"][name] = {"seconds": seconds, "peak_bytes": peak_bytes()}
         self._write_state(state)
 
     @contextlib.contextmanager
@@ -173,6 +182,12 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": versions,
     }
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held at once so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 FITTING = ("recsys/collaborative", "fusion/submodels", "fusion/training", "fusion/embeddings.py", "fusion/images.py")

@@ -12,7 +12,7 @@ from fusion.errors import ConfigError
 from fusion.registry import nearest
 from fusion.rules import RULES
 from fusion.training.member import CLASSIFIERS
-from fusion.training.strategy import StrategySettings, check_batch
+from fusion.training.strategy import StrategySettings, check_batch, make_strategy
 from fusion.types import Over
 from recsys.cleaning import CleaningSettings
 from recsys.collaborative import MEMBERS
@@ -151,6 +151,7 @@ class Experiment(Settings):
                 raise ConfigError(f"rules.{name}: {error}") from None
         if self.export.rule != "best" and self.export.rule not in self.rules:
             raise ConfigError(f"export.rule: no rule '{self.export.rule}': {nearest(self.export.rule, self.rules)}")
+        make_strategy(self.strategy)
         for name, member in self.members.items():  # type: ignore[attr-defined]
             try:
                 member.registry[member.kind].check(member.config)

@@ -26,6 +26,14 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
     )
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; received {text}")
+    return number
+
+
 def run(main: Callable[[], int | None], *, resume: str = "run the same command again to continue") -> None:
     """Calls `main` and ends the process with its exit code; errors of ours become one sentence on stderr."""
     from fusion.errors import INTERRUPTED, EngineError, MachineError

@@ -20,6 +20,7 @@ from fusion.errors import DataError
 from fusion.progress import progress, reached
 from fusion.submodels.base import Submodel
 from fusion.submodels.head import HeadSettings, classifier, head
+from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings, fit
 from fusion.types import Features, History, RunOptions, derive_seed
 
@@ -108,7 +109,7 @@ def train_classifier(
 
     fitting = prepared(train, "training")
     held = prepared(validation, "validation") if validation is not None else None
-    with (options.strategy or tf.distribute.get_strategy()).scope():
+    with scope(options):
         top = head(submodel.dimensions, classes, head_settings, derive_seed(options.seed, "head"))
         whole = classifier(submodel.encoder(), top)
     fitted = keras.Model(top.inputs, {"logits": top.output}) if submodel.frozen else whole

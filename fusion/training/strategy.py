@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -15,6 +15,7 @@ from pydantic import Field
 from fusion.compat import tf
 from fusion.config import Settings
 from fusion.errors import ConfigError
+from fusion.types import RunOptions
 
 Kind = Literal["default", "mirrored", "multi_worker", "parameter_server", "tpu"]
 
@@ -111,6 +112,11 @@ _NOT_BUILT: dict[Kind, str] = {
 
 # Several MirroredStrategy objects in one process abort each other's collective operations, so there is one.
 _mirrored_strategy: dict[tuple[str, ...], tf.distribute.MirroredStrategy] = {}
+
+
+def scope(options: RunOptions) -> Any:
+    """The scope in which the models of a run are built, so that its strategy owns their variables."""
+    return (options.strategy or tf.distribute.get_strategy()).scope()
 
 
 def _mirrored(settings: StrategySettings) -> tf.distribute.MirroredStrategy:

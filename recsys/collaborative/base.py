@@ -81,7 +81,7 @@ class Member(abc.ABC):
         self.speaks = np.zeros(0, bool)
         """bool `[I]`: the items about which the member can say something."""
 
-    @classmethod
+    @classmethod  # noqa: B027  (most members have nothing to check)
     def check(cls, config: Any) -> None:
         """Raises ConfigError for what is wrong whatever the data holds."""
 
@@ -219,7 +219,7 @@ class NeighbourState:
             "index": self.index,
             "weight": self.weight,
             "speaks": self.speaks,
-            "truncation": np.float32(self.truncation),
+            "truncation": np.asarray(self.truncation, np.float32),
         }
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:

@@ -35,8 +35,8 @@ class CategoryPopularity(Member):
 
     def fit(self, data: TrainingData, options: RunOptions) -> None:
         if self.config.column not in data.catalogue:
-            known = nearest(self.config.column, data.catalogue.columns)
-            raise DataError(f"category_popularity reads the column '{self.config.column}', which is not there: {known}")
+            hint = nearest(self.config.column, data.catalogue.columns)
+            raise DataError(f"category_popularity reads the column '{self.config.column}', which is not there: {hint}")
         texts = data.catalogue[self.config.column].fillna("").astype(str)
         categories = [[part.strip() for part in text.split(self.config.separator) if part.strip()] for text in texts]
         means = _mean_counts(categories, data.counts)

@@ -19,6 +19,7 @@ from fusion.errors import ConfigError, DataError
 from fusion.progress import progress, reached
 from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
+from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, History, RunOptions, derive_seed
 from recsys.collaborative.base import Decay, EmbeddingScorer, Member, TrainingData
@@ -88,12 +89,13 @@ class Content(Member):
             return History(stopped="nothing to train")
         matrix = data.matrix @ sparse.diags(available.astype(np.float32))  # pairs of items that can be embedded
         matrix.eliminate_zeros()
-        self.model = self._build(matrix.tocsr())
+        with scope(options):
+            self.model = self._build(matrix.tocsr())
         history = train_towers(self.model, self._scorer_now, data, Pairs(matrix.tocsr()), self.config, options)
         self.tables = self._tables()
         return history
 
-    def _values(self, data: TrainingData) -> tuple[Sequence[Any], np.ndarray]:
+    def _values(self, data: TrainingData) -> tuple[Any, np.ndarray]:
         """The raw values of all items, and which items have any."""
         if self.encoder.modality == "image":
             from fusion.images import load_images
@@ -109,7 +111,7 @@ class Content(Member):
         from fusion.embeddings import embed
 
         rows = np.flatnonzero(available)
-        chosen = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+        chosen: Any = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
         with progress(f"embed {options.directory.name}", len(rows), "items", quiet=options.quiet) as bar:
             vectors = embed(self.encoder, chosen, data.cache / "embeddings", progress=reached(bar))
         table = np.zeros((len(available), vectors.shape[1]), np.float32)
@@ -162,8 +164,9 @@ class Content(Member):
         """Trains the encoder so that items taken by the same user lie close to each other."""
         from fusion.training.trainer import fit
 
-        self.encoder.unfreeze()
-        encoder = self.encoder.encoder()
+        with scope(options):
+            self.encoder.unfreeze()
+            encoder = self.encoder.encoder()
         first, second = _pairs_of_items(data.matrix, available, self.config.fine_tuning.pairs, self.seed)
         weight = data.counts / max(data.counts.sum(), 1)
 

@@ -47,7 +47,7 @@ class ImplicitALS(Member):
         """Steps of conjugate gradients when a history is folded in."""
 
     def fit(self, data: TrainingData, options: RunOptions) -> None:
-        users, items = data.matrix.shape
+        items = data.matrix.shape[1]
         by_user, by_item = data.matrix.tocsr(), data.matrix.T.tocsr()
         random = np.random.default_rng(self.seed)
         scale = 1.0 / np.sqrt(self.config.factors)

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from fusion.compat import keras, tf
 from fusion.config import Settings
+from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import History, RunOptions, derive_seed
 from recsys.collaborative.base import (
@@ -48,7 +49,8 @@ class MatrixFactorization(Member):
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
         items = data.matrix.shape[1]
-        self.model = self._build(items)
+        with scope(options):
+            self.model = self._build(items)
         self.speaks = data.counts > 0
         pairs = HistoryPairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
         history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
@@ -56,22 +58,25 @@ class MatrixFactorization(Member):
         return history
 
     def _build(self, items: int) -> keras.Model:
-        init = lambda name: keras.initializers.RandomNormal(  # noqa: E731
-            stddev=1.0 / np.sqrt(self.config.factors), seed=derive_seed(self.seed, name)
-        )
-        regularizer = keras.regularizers.L2(self.config.l2) if self.config.l2 else None
-        embed = lambda rows, name: keras.layers.Embedding(  # noqa: E731
-            rows, self.config.factors, embeddings_initializer=init(name), embeddings_regularizer=regularizer, name=name
-        )
         history = keras.Input((None,), dtype=tf.int32, name="history")
         target = keras.Input((), dtype=tf.int32, name="target")
-        rows = embed(items + 1, "history_table")(padded_numbers(history, items))
+        rows = self._embedding(items + 1, "history_table")(padded_numbers(history, items))
         user = pool_history(rows, recency(history, 1.0), unit=False)
         user = keras.layers.Dropout(
             self.config.dropout, rng_type="stateful", force_generator=True, seed=derive_seed(self.seed, "dropout")
         )(user)
-        item = embed(items, "item_table")(target)
+        item = self._embedding(items, "item_table")(target)
         return keras.Model({"history": history, "target": target}, {"user": user, "item": item})
+
+    def _embedding(self, rows: int, name: str) -> keras.layers.Embedding:
+        deviation = 1.0 / np.sqrt(self.config.factors)
+        return keras.layers.Embedding(
+            rows,
+            self.config.factors,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=deviation, seed=derive_seed(self.seed, name)),
+            embeddings_regularizer=keras.regularizers.L2(self.config.l2) if self.config.l2 else None,
+            name=name,
+        )
 
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
         history = self.model.get_layer("history_table").get_weights()[0][:-1]

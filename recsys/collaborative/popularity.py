@@ -30,4 +30,3 @@ class Popularity(Member):
 
     def scorer(self) -> tf.Module:
         return ConstantScorer(self.scores)
-

@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, field_validator
 
-from fusion.config import Settings, content_hash, expand_path, merge, parse, parse_part, parse_yaml, part_of, read_config
+from fusion.config import (
+    Settings,
+    content_hash,
+    expand_path,
+    merge,
+    parse,
+    parse_part,
+    parse_yaml,
+    part_of,
+    read_config,
+)
 from fusion.errors import ConfigError
 from fusion.registry import Registry
 

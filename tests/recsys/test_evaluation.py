@@ -215,11 +215,12 @@ def test_a_repeated_item_is_no_answer() -> None:
     assert pairs(asked.relevant) == {(int(data.users[0]), int(data.items[own[-2]]))}
 
 
+@pytest.mark.parametrize("strategy", ["item_holdout", "temporal_global"])
 @pytest.mark.parametrize("part", [VALIDATION, TEST], ids=["validation", "test"])
-def test_held_out_candidates_are_the_items_of_the_part(part: int) -> None:
+def test_held_out_candidates_are_the_items_of_the_part(strategy: str, part: int) -> None:
     """Cold items: with held_out only the part's own items that training never met may be recommended."""
     data = small_data()
-    parts = split(data, SplitSettings(strategy="item_holdout", validation=0.2, test=0.2))
+    parts = split(data, SplitSettings(strategy=strategy, validation=0.2, test=0.2))
     asked = question(data, parts, part, held_out=True)
     expected = set(data.items[parts == part].tolist()) - set(data.items[parts == TRAIN].tolist())
     assert set(np.flatnonzero(asked.candidates).tolist()) == expected and 0 < len(expected) < len(asked.candidates)
