@@ -157,7 +157,8 @@ def save_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Reads what `save_arrays` wrote. Raises GateError when the file is missing, damaged or holds objects."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # An open file, because np.load would leave the one it opens to the garbage collector when it fails.
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise GateError(

@@ -30,7 +30,7 @@ def decoder_of(experiment: Any, cache: Path, *, quiet: bool = False) -> Decode |
 
 
 def _without_figures(reason: str) -> str:
-    """`9 x 9 pixels are more than 64` as `more than 64 pixels`, `cannot be decoded: OSError: ...` as its first words."""
+    """`9 x 9 pixels are more than 64` as `more than 64 pixels`, `cannot be decoded: OSError: ...` as its start."""
     common = reason.partition(":")[0]
     return (
         "" if reason == MISSING else re.sub(r"^[\d x]+ (pixels|bytes) are more than (\d+)$", r"more than \2 \1", common)

@@ -22,6 +22,8 @@ from recsys.schema import HISTORY, TRAIN, VALIDATION, Interactions
 BLOCK_USERS = 128
 BLOCK_CELLS = 32_768
 """Users × history length of one block: neighbour members hold this many rows of their lists at a time."""
+SCORE_CELLS = 32_000_000
+"""Users × systems × items of one block: its scores, of which several copies are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,17 @@ def question(data: Interactions, parts: np.ndarray, part: int, *, held_out: bool
     return Question(data.matrix(known & data.positive), seen, relevant, candidates)
 
 
-def blocks(matrix: sparse.csr_matrix, users: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Users in blocks of similar history length: numbers `[B]` and histories int32 `[B, L]` padded with -1."""
+def blocks(matrix: sparse.csr_matrix, users: np.ndarray, scores: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Users in blocks of similar history length: numbers `[B]` and histories int32 `[B, L]` padded with -1.
+
+    `scores` says how many numbers are made for each user (systems × items), so that large catalogues get short blocks.
+    """
+    most = int(np.clip(SCORE_CELLS // scores, 1, BLOCK_USERS))
     lengths = np.diff(matrix.indptr)[users]
     order = users[np.argsort(lengths, kind="stable")]
     start = 0
     while start < len(order):
-        stop = min(start + BLOCK_USERS, len(order))
+        stop = min(start + most, len(order))
         longest = max(int(matrix.indptr[order[stop - 1] + 1] - matrix.indptr[order[stop - 1]]), 1)
         stop = max(start + 1, min(stop, start + BLOCK_CELLS // longest))
         yield order[start:stop], history_rows(matrix, order[start:stop])
@@ -108,16 +114,14 @@ class Ranker:
         """Lists of `k` items for every user who has something relevant."""
         lists: dict[str, list[RankedLists]] = {name: [] for name in self.names}
         order = []
-        for users, history in blocks(asked.history, asked.users):
+        for users, history in blocks(asked.history, asked.users, len(self.names) * self.members.items):
             order.append(users)
             scores = self._score(history).numpy()
             open_to = asked.candidates & (asked.seen[users].toarray() == 0)
             relevant = asked.relevant[users]
             for position, name in enumerate(self.names):
                 lists[name].append(
-                    RankedLists.from_scores(
-                        scores[:, position], open_to, relevant.indptr, relevant.indices, self.k
-                    )
+                    RankedLists.from_scores(scores[:, position], open_to, relevant.indptr, relevant.indices, self.k)
                 )
             if on_block:
                 on_block(len(users))

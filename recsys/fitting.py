@@ -39,9 +39,7 @@ class Fitted:
     seconds: float
 
 
-def fit_member(
-    name: str, part: Part, data: FitData, seed: int, *, strategy: Any = None, quiet: bool = False
-) -> Fitted:
+def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any = None, quiet: bool = False) -> Fitted:
     """The member `name` fitted on `data`, from the cache where it lies there.
 
     An interrupted training leaves its checkpoints in the cache and is continued by the next call.

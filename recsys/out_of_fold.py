@@ -143,7 +143,8 @@ def sampled_scores(
         return {name: at(rule.normalise(scores, mask)) for name, rule in rules.items()}, at(mask)
 
     result: dict[str, list[FoldScores]] = {name: [] for name in rules}
-    for block, history in blocks(asked.history, users):
+    per_user = members.items * len(members.names) * (1 + len(rules))
+    for block, history in blocks(asked.history, users, per_user):
         unseen = asked.candidates & (asked.seen[block].toarray() == 0)
         scores, mask, best = scored(history, unseen)
         sample, labels, weights = _samples(unseen, asked.relevant[block], best.numpy(), settings.negatives, random)

@@ -97,6 +97,6 @@ def _refused(folder: Path, error: Exception) -> MachineError:
 def _out_of_memory(error: Exception) -> MachineError:
     first = (str(error).splitlines() or ["no more memory"])[0][:200]
     return MachineError(
-        f"the run must fit into memory; received '{first}'. Use a smaller batch_size or fewer items (cleaning.k_core_items), "
-        "or a machine with more."
+        f"the run must fit into memory; received '{first}'. Use a smaller batch_size, fewer items "
+        "(cleaning.k_core_items) or a machine with more."
     )

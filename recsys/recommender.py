@@ -17,7 +17,6 @@ UNSCORED = float(np.finfo(np.float32).min)
 """Score of a candidate about which no member says anything: finite, because JSON has no infinity."""
 
 
-
 def _ids(name: str, rank: int) -> tf.TensorSpec:
     return tf.TensorSpec([None] * rank, tf.string, name=name)
 
@@ -154,8 +153,6 @@ class ServedRecommender(tf.Module):
             "scores": tf.pad(tf.where(wanted, values, 0.0), pad),
             "numbers": numbers,
         }
-
-
 
 
 class _Rows(tf.Module):

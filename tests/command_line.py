@@ -1,4 +1,4 @@
-"""Calls the tools of `tools/` as a person does, in this process where that is enough: a helper of several test files."""
+"""Calls the tools of `tools/` as a person does, in this process where that is enough: a helper of tests."""
 
 from __future__ import annotations
 

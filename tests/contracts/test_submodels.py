@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -15,8 +12,6 @@ from fusion.errors import ConfigError, DataError
 from fusion.submodels import SUBMODELS
 from fusion.submodels.base import Pretrained
 from fusion.submodels.head import HeadSettings, classifier, head
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "fusion"))
 from tiny_bert import write_tiny_bert
 
 TEXTS = ["a red film", "the blue night, the blue sea", "", "war and war and night", "a sea of red", "film"]

@@ -260,7 +260,7 @@ def test_good_settings_are_frozen_and_dumped_with_defaults() -> None:
 
 
 def test_a_part_names_the_place_it_is_given() -> None:
-    with pytest.raises(ConfigError, match="^unknown key 'data.dept': did you mean 'depth'"):
+    with pytest.raises(ConfigError, match=r"^unknown key 'data\.dept': did you mean 'depth'"):
         parse_part(PARTS, {"kind": "tree", "dept": 1}, "data")
     part = parse_part(PARTS, {"kind": "tree"}, "data")
     assert parse_part(PARTS, part, "data") is part

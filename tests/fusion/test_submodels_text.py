@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ from fusion.errors import ConfigError, DataError, GateError, MachineError
 from fusion.submodels import wheels
 from fusion.submodels.text_bert import TextBert
 from fusion.submodels.text_tfidf import TextTfidf
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_bert import SHAPE, WORDS, write_tiny_bert
 
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import sparse
-from worlds import World
 
 from fusion.compat import tf
 from fusion.errors import DataError
@@ -18,6 +17,7 @@ from recsys.out_of_fold import Fold, FoldScores, make_folds, rows_of, sampled_sc
 from recsys.schema import HISTORY, TEST, TRAIN
 from recsys.settings import OutOfFoldSettings
 from recsys.splits import SplitSettings, split
+from worlds import World
 
 STRATEGIES = (
     "temporal_global", "temporal_per_user", "leave_last_out", "user_holdout", "item_holdout", "random", "given",

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import random_ndcg
 
 from fusion.compat import tf
 from fusion.config import Part
@@ -26,6 +25,7 @@ from recsys.run import Run
 from recsys.schema import TEST, TRAIN
 from recsys.settings import parse_experiment
 from serving.predictor import Predictor
+from worlds import random_ndcg
 
 TOWERS = {"epochs": 8, "batch_size": 256, "learning_rate": 0.02}
 TEXT = {

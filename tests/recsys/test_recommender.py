@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
-from worlds import World, fitted
 
 from fusion.compat import tf
 from fusion.errors import ConfigError, GateError
@@ -35,6 +34,7 @@ from recsys.settings import parse_experiment
 from serving.batch import recommend_all
 from serving.errors import ArtifactRefused
 from serving.predictor import Predictor
+from worlds import World, fitted
 
 K_MAX = 25
 TOWERS = {"epochs": 3, "batch_size": 128, "learning_rate": 0.02}

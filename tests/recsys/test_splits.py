@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,12 +11,10 @@ import pandas as pd
 import pytest
 
 from fusion.errors import ConfigError, DataError, GateError
+from leaks import State, assert_fitted_on_train_only
 from recsys.cleaning import CleaningSettings, clean
 from recsys.schema import HISTORY, TEST, TRAIN, VALIDATION, Interactions, Tables
 from recsys.splits import SplitManifest, SplitSettings, Strategy, split, split_examples
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from leaks import State, assert_fitted_on_train_only  # a helper beside the test folders
 
 RECOMMENDATION = [strategy for strategy in get_args(Strategy) if strategy not in ("stratified", "given")]
 TEMPORAL = ["temporal_global", "temporal_per_user", "leave_last_out"]
