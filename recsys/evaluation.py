@@ -22,7 +22,7 @@ from recsys.schema import HISTORY, TRAIN, VALIDATION, Interactions
 BLOCK_USERS = 128
 BLOCK_CELLS = 32_768
 """Users × history length of one block: neighbour members hold this many rows of their lists at a time."""
-SCORE_CELLS = 32_000_000
+SCORE_CELLS = 8_000_000
 """Users × systems × items of one block: its scores, of which several copies are held at a time."""
 
 
