@@ -174,10 +174,11 @@ def sha256_of(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: str | Path) -> Iterator[None]:
+def lock_folder(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
     """Holds the folder's lock, so that one process at a time writes into it; the system frees it if we die.
 
-    Raises MachineError at once, naming the process that holds it, when another one does.
+    With `wait` it waits for another process that holds it. Otherwise it raises MachineError at once, naming that
+    process.
     """
     folder = Path(folder)
     with writing(folder):
@@ -185,7 +186,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock", thread_local=False)
         owner = folder / ".lock-owner"  # apart: acquiring truncates the lock's own file
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             raise MachineError(
                 f"one process at a time may write into {folder}; process {_owner_of(owner)} holds its lock. "

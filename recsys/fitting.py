@@ -49,7 +49,7 @@ def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any
     work = data.cache / "work" / key / name
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
-        with lock_folder(work.parent):
+        with lock_folder(work.parent, wait=True):
             if not folder.exists():  # another process may have fitted it while we waited
                 _fit_into(folder, work, name, part, data, seed, strategy, quiet)
         shutil.rmtree(work.parent, ignore_errors=True)
@@ -75,6 +75,7 @@ def _fit_into(
             "seconds": seconds,
             "parameters": member.parameters,
             "history": asdict(history) if history else None,
+            "truncation_loss": getattr(member, "truncation", None),
         }
         (aside / "member.json").write_text(json.dumps(facts, indent=2, default=float), encoding="utf-8")
         for events in work.rglob("events.out.tfevents.*"):

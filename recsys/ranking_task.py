@@ -219,12 +219,12 @@ class RankingTask:
         return {name: fitted.member for name, fitted in self._fit_all(everything, recipes).items()}
 
     def known(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """`[U, I]` positives and everything seen, as the exported artifact knows them."""
+        """`[U, I]` positives and everything seen, as the exported artifact knows them: every row, refitted or not.
+
+        A history is not what members are fitted on but what they are asked with, and nobody wants back what they took.
+        """
         data = self.interactions
-        rows = np.ones(len(data.users), bool)
-        if self.experiment.export.refit == "none":
-            rows = np.isin(self.parts, (TRAIN, HISTORY))
-        return data.matrix(rows & data.positive), data.matrix(rows)
+        return data.matrix(data.positive), data.matrix(np.ones(len(data.users), bool))
 
     def part_counts(self) -> dict[str, int]:
         """Rows by name of part."""

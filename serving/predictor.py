@@ -100,8 +100,8 @@ class Predictor:
         exclude: Sequence[Sequence[str]] | None = None,
         include: Sequence[Sequence[str]] | None = None,
     ) -> Arrays:
-        """The k best items for users, by their id, by a history of item ids, or both (the history counts for users
-        whose id is '' or unknown).
+        """The k best items for users, by their id, by a history of item ids, or both: a history is added to what is
+        stored of a known user.
 
         Args:
             user_ids: B ids.
