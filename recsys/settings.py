@@ -151,7 +151,6 @@ class Experiment(Settings):
                 raise ConfigError(f"rules.{name}: {error}") from None
         if self.export.rule != "best" and self.export.rule not in self.rules:
             raise ConfigError(f"export.rule: no rule '{self.export.rule}': {nearest(self.export.rule, self.rules)}")
-        make_strategy(self.strategy)
         for name, member in self.members.items():  # type: ignore[attr-defined]
             try:
                 member.registry[member.kind].check(member.config)
@@ -159,6 +158,7 @@ class Experiment(Settings):
                     check_batch(member.config.training.batch_size, self.strategy)
             except ConfigError as error:
                 raise ConfigError(f"members.{name}: {error}") from None
+        make_strategy(self.strategy)  # last: it asks the machine, all others ask the config alone
 
 
 class RecommendationExperiment(Experiment):

@@ -128,6 +128,7 @@ def test_probability_of_classes_by_hand() -> None:
 
 UP, DOWN = [1.0, 2.0, 3.0], [300.0, 200.0, 100.0]  # z-scores -+1.2247 and 0, in opposite orders
 Z = 1.2247449
+SECOND, THIRD = 1 - np.log(2) / np.log(4), 1 - np.log(3) / np.log(4)  # logarithms of ranks; the first has 1
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,12 @@ Z = 1.2247449
         ("vote", {}, [(1 / 61 + 1 / 63) / 2, 1 / 62, (1 / 61 + 1 / 63) / 2]),
         ("vote", {"k": 0, "top_n": 2}, [0.5, 0.5, 0.5]),
         ("vote", {"k": 0, "weights": {"a": 1, "b": 0}}, [1 / 3, 1 / 2, 1]),
-        ("probability", {"weights": {"a": 0.75, "b": 0.25}}, [-Z / 2, 0, Z / 2]),
+        ("probability", {"weights": {"a": 0.75, "b": 0.25}}, [0.75 * THIRD + 0.25, SECOND, 0.75 + 0.25 * THIRD]),
+        (
+            "probability",
+            {"weights": {"a": 0.75, "b": 0.25}, "normalisation": "standardise"},
+            [-Z / 2, 0, Z / 2],
+        ),
         (
             "probability",
             {"weights": {"a": 0.75, "b": 0.25}, "normalisation": "none"},
