@@ -47,6 +47,8 @@ def embed(
         path = Path(cache_dir) / f"embeddings-{_key(submodel, values)}.npy"
         cached = _read(path, (len(values), submodel.dimensions))
         if cached is not None:
+            if progress is not None:
+                progress(len(values), len(values))
             return cached
     embeddings = _embed(submodel, values, batch_size, progress)
     if path is not None:

@@ -66,14 +66,15 @@ def progress(
         lines.close("done:")
 
 
-def reached(bar: Bar) -> Callable[[float, float], None]:
-    """A callback `(done, total)` for code that counts by itself: moves the bar to `done`."""
+def reached(bar: Bar, size: float) -> Callable[[float, float], None]:
+    """A callback `(done, total)` for code that counts by itself, perhaps in other units: moves a bar of `size`."""
     before = 0.0
 
-    def report(done: float, _total: float) -> None:
+    def report(done: float, total: float) -> None:
         nonlocal before
-        bar.advance(done - before)
-        before = done
+        now = size * done / max(total, 1.0)
+        bar.advance(now - before)
+        before = now
 
     return report
 

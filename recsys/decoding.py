@@ -23,7 +23,7 @@ def decoder_of(experiment: Any, cache: Path, *, quiet: bool = False) -> Decode |
 
     def decode(images: Sequence[Any]) -> list[str]:
         with progress("decode", len(images), "images", quiet=quiet) as bar:
-            _, _, reasons = load_images(images, max(sizes), cache / "images", reached(bar))
+            _, _, reasons = load_images(images, max(sizes), cache / "images", reached(bar, len(images)))
         return [_without_figures(reason) for reason in reasons]
 
     return decode

@@ -43,10 +43,16 @@ def run_experiment(experiment: Any, root: str | Path = "runs", *, fresh: bool = 
 def run_stages(run: Run, again: Sequence[str] = ()) -> None:
     """Runs what is not finished yet, and the stages named in `again`."""
     task = TASKS[run.experiment.task](run)
-    for stage in task.STAGES:
-        if stage in again or not run.done(stage):
-            with run.stage(stage):
-                getattr(task, stage)()
+    run.set(status="running")
+    try:
+        for stage in task.STAGES:
+            if stage in again or not run.done(stage):
+                with run.stage(stage):
+                    getattr(task, stage)()
+    except BaseException as error:
+        with contextlib.suppress(MachineError):  # a full disk is told by the error itself
+            run.set(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
     run.set(status="finished")
 
 

@@ -289,7 +289,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_continues(shop: Path) -> None
 
     (state,) = shop.glob("runs/shop/2*/run.json")
     before = json.loads(state.read_text())
-    assert list(before["stages"]) == ["data"] and before["status"] == "running"
+    assert list(before["stages"]) == ["data"] and before["status"] == "interrupted"
     assert train(config, shop / "runs").code == 0
     after = json.loads(state.read_text())
     assert after["status"] == "finished" and after["stages"]["data"] == before["stages"]["data"], "not read again"

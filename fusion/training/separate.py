@@ -120,7 +120,7 @@ def train_classifier(
 def _embeddings(submodel: Submodel, part: Examples, cache_dir: Path, options: RunOptions) -> Features:
     total = len(set(part.values)) if submodel.modality == "text" else len(part.values)
     with progress(f"embed {options.directory.name}", total, "values", quiet=options.quiet) as bar:
-        return {"embedding": embed(submodel, part.values, cache_dir, progress=reached(bar))}
+        return {"embedding": embed(submodel, part.values, cache_dir, progress=reached(bar, total))}
 
 
 def _fit_logits(

@@ -113,7 +113,7 @@ class Content(Member):
         rows = np.flatnonzero(available)
         chosen: Any = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
         with progress(f"embed {options.directory.name}", len(rows), "items", quiet=options.quiet) as bar:
-            vectors = embed(self.encoder, chosen, data.cache / "embeddings", progress=reached(bar))
+            vectors = embed(self.encoder, chosen, data.cache / "embeddings", progress=reached(bar, len(rows)))
         table = np.zeros((len(available), vectors.shape[1]), np.float32)
         table[rows] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return table
