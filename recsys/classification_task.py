@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,9 @@ import pandas as pd
 from fusion.config import Part
 from fusion.ensemble import Ensemble
 from fusion.errors import DataError
-from fusion.files import load_arrays, save_arrays, write_atomically
+from fusion.files import save_arrays
 from fusion.images import load_images
 from fusion.progress import progress
-from fusion.rules import RULES
-from fusion.rules.base import Rule
 from fusion.training.member import ClassifierMember, LabelledData
 from fusion.training.out_of_fold import out_of_fold
 from fusion.training.separate import Examples
@@ -25,21 +22,17 @@ from fusion.types import derive_seed
 from recsys.cleaning import clean_examples
 from recsys.collaborative.content import join_columns
 from recsys.decoding import decoder_of
-from recsys.fitting import Fitted, fit_member, keep_copy, load_fitted, without_validation
-from recsys.run import Run
-from recsys.schema import IMAGE, LABEL, SPLIT, TEST, TRAIN, VALIDATION, Dropped
+from recsys.fitting import Fitted, fit_member, keep_copy, without_validation
+from recsys.schema import IMAGE, LABEL, SPLIT, TEST, TRAIN, VALIDATION
 from recsys.splits import SplitManifest, split_examples
+from recsys.stages import Stages
 from recsys.storage import arrays_hash, load_table, save_table, table_hash
 
 
-class ClassificationTask:
+class ClassificationTask(Stages):
     """A classification experiment in the folder of one run."""
 
-    STAGES = ("data", "train", "fuse", "evaluate", "export")
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.experiment = run.experiment
+    OVER = "classes"
 
     # ---- data -------------------------------------------------------------------------------------------
 
@@ -55,19 +48,13 @@ class ClassificationTask:
         folder.mkdir(exist_ok=True)
         save_table(folder, "examples", table)
         SplitManifest.of_examples(table, parts, experiment.split).save(folder)
-        facts = {"name": tables.name, "notes": tables.notes, "dropped": [vars(rule) for rule in dropped]}
-        write_atomically(folder / "cleaning.json", json.dumps(facts, indent=2))
+        self._keep_facts(tables.name, tables.notes, dropped)
         self.run.set(data_hash=table_hash(table))
 
     @functools.cached_property
     def table(self) -> pd.DataFrame:
         """The cleaned examples."""
         return load_table(self.run.path("data"), "examples")
-
-    @functools.cached_property
-    def facts(self) -> dict[str, Any]:
-        """Name, notes and what cleaning dropped."""
-        return json.loads(self.run.path("data", "cleaning.json").read_text(encoding="utf-8"))
 
     @functools.cached_property
     def manifest(self) -> SplitManifest:
@@ -149,39 +136,20 @@ class ClassificationTask:
         texts = join_columns(self.table, config.columns)
         return texts, np.array([bool(text) for text in texts])
 
-    @functools.cached_property
-    def fitted(self) -> dict[str, Fitted]:
-        """The members that `train` left."""
-        return {
-            name: load_fitted(self.run.path("submodels", name), name, part, self.experiment.seed)
-            for name, part in self.experiment.members.items()
-        }
-
     # ---- fuse -------------------------------------------------------------------------------------------
 
     def fuse(self) -> None:
         """Fits the rules on out-of-fold logits of the training rows and writes them to `rules/<name>/`."""
         rules = self._new_rules()
-        learned = {name for name, rule in rules.items() if rule.learned}
+        learned = [name for name, rule in rules.items() if rule.learned]
+        reports = {}
         if learned:
             logits, mask = self._out_of_fold_logits()
             save_arrays(self.run.path("out_of_fold", "logits.npz"), {"logits": logits, "mask": mask})
-        for name, rule in rules.items():
-            folder = self.run.path("rules", name)
-            folder.mkdir(exist_ok=True)
-            report: dict[str, Any] = {}
-            if name in learned:
-                seed = derive_seed(self.experiment.seed, "rule", name)
-                report = rule.fit(logits, mask, self.labels[self.rows(TRAIN)], seed=seed)
-            save_arrays(folder / "state.npz", rule.state())
-            write_atomically(folder / "rule.json", json.dumps(report, indent=2, default=float))
-
-    def _new_rules(self) -> dict[str, Rule]:
-        members = list(self.experiment.members)
-        return {
-            name: RULES[part.kind](part.config, members, "classes", name=name)
-            for name, part in self.experiment.rules.items()
-        }
+            labels = self.labels[self.rows(TRAIN)]
+        for name in learned:
+            reports[name] = rules[name].fit(logits, mask, labels, seed=derive_seed(self.experiment.seed, "rule", name))
+        self._keep_rules(rules, reports)
 
     def _out_of_fold_logits(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits `[N, S, C]` of the training rows by members that did not see them, and who could read, `[N, S]`."""
@@ -204,24 +172,6 @@ class ClassificationTask:
         known = self.available(name)[rows]
         result[known] = member.logits(self.values(name, rows[known]))
         return result
-
-    @functools.cached_property
-    def rules(self) -> dict[str, Rule]:
-        """The rules that `fuse` left."""
-        rules = self._new_rules()
-        shape = (1, len(self.experiment.members), len(self.classes))
-        for name, rule in rules.items():
-            rule.build(shape)
-            rule.load_state(load_arrays(self.run.path("rules", name, "state.npz")))
-        return rules
-
-    @property
-    def rule_reports(self) -> dict[str, dict[str, Any]]:
-        """What fitting each rule said: weights, losses."""
-        return {
-            name: json.loads(self.run.path("rules", name, "rule.json").read_text(encoding="utf-8"))
-            for name in self.experiment.rules
-        }
 
     # ---- evaluate ---------------------------------------------------------------------------------------
 
@@ -261,7 +211,3 @@ class ClassificationTask:
         """Rows by name of part."""
         names = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
         return {name: len(self.rows(part)) for name, part in names.items()}
-
-    def dropped(self) -> list[Dropped]:
-        """What cleaning removed."""
-        return [Dropped(**rule) for rule in self.facts["dropped"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from fusion.config import Part
-from fusion.files import load_arrays, save_arrays, write_atomically
 from fusion.progress import progress
-from fusion.rules import RULES
 from fusion.rules.base import Rule
 from fusion.training.strategy import make_strategy
 from fusion.types import derive_seed
@@ -22,23 +19,19 @@ from recsys.collaborative.base import Member, TrainingData
 from recsys.core import MemberScores
 from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
-from recsys.fitting import Fitted, fit_member, keep_copy, load_fitted, without_validation
+from recsys.fitting import Fitted, fit_member, keep_copy, without_validation
 from recsys.metrics import Catalogue, parse_metric
 from recsys.out_of_fold import Fold, FoldScores, make_folds, sampled_scores
-from recsys.run import Run
-from recsys.schema import HISTORY, PART_NAMES, TEST, TRAIN, VALIDATION, Dropped, Interactions
+from recsys.schema import HISTORY, PART_NAMES, TEST, TRAIN, VALIDATION, Interactions
 from recsys.splits import SplitManifest, split
+from recsys.stages import Stages
 from recsys.storage import arrays_hash, load_interactions, save_interactions, table_hash
 
 
-class RankingTask:
+class RankingTask(Stages):
     """A recommendation experiment in the folder of one run."""
 
-    STAGES = ("data", "train", "fuse", "evaluate", "export")
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.experiment = run.experiment
+    OVER = "candidates"
 
     # ---- data -------------------------------------------------------------------------------------------
 
@@ -52,19 +45,13 @@ class RankingTask:
         folder = self.run.path("data")
         save_interactions(folder, data)
         SplitManifest.of(data, parts, experiment.split).save(folder)
-        facts = {"name": data.name, "notes": list(data.notes), "dropped": [vars(rule) for rule in dropped]}
-        write_atomically(folder / "cleaning.json", json.dumps(facts, indent=2))
+        self._keep_facts(data.name, list(data.notes), dropped)
         self.run.set(data_hash=data_hash(data))
 
     @functools.cached_property
     def interactions(self) -> Interactions:
         """The cleaned data set."""
         return load_interactions(self.run.path("data"), self.facts["name"], self.experiment.positive)
-
-    @functools.cached_property
-    def facts(self) -> dict[str, Any]:
-        """Name, notes and what cleaning dropped."""
-        return json.loads(self.run.path("data", "cleaning.json").read_text(encoding="utf-8"))
 
     @functools.cached_property
     def manifest(self) -> SplitManifest:
@@ -109,14 +96,6 @@ class RankingTask:
         return fitted
 
     @functools.cached_property
-    def fitted(self) -> dict[str, Fitted]:
-        """The members that `train` left."""
-        return {
-            name: load_fitted(self.run.path("submodels", name), name, part, self.experiment.seed)
-            for name, part in self.experiment.members.items()
-        }
-
-    @functools.cached_property
     def member_scores(self) -> MemberScores:
         """The members' scorers side by side."""
         return MemberScores({name: fitted.member for name, fitted in self.fitted.items()})
@@ -128,23 +107,12 @@ class RankingTask:
         rules = self._new_rules()
         learned = {name: rule for name, rule in rules.items() if rule.learned}
         scores = self._out_of_fold_scores(learned) if learned else {}
-        for name, rule in rules.items():
-            folder = self.run.path("rules", name)
-            folder.mkdir(exist_ok=True)
-            report: dict[str, Any] = {}
-            if name in scores:
-                joined = FoldScores.join(scores[name])
-                seed = derive_seed(self.experiment.seed, "rule", name)
-                report = rule.fit(joined.features, joined.mask, joined.labels, joined.weights, seed=seed)
-            save_arrays(folder / "state.npz", rule.state())
-            write_atomically(folder / "rule.json", json.dumps(report, indent=2, default=float))
-
-    def _new_rules(self) -> dict[str, Rule]:
-        members = list(self.experiment.members)
-        return {
-            name: RULES[part.kind](part.config, members, "candidates", name=name)
-            for name, part in self.experiment.rules.items()
-        }
+        reports = {}
+        for name, parts in scores.items():
+            joined = FoldScores.join(parts)
+            seed = derive_seed(self.experiment.seed, "rule", name)
+            reports[name] = rules[name].fit(joined.features, joined.mask, joined.labels, joined.weights, seed=seed)
+        self._keep_rules(rules, reports)
 
     def _out_of_fold_scores(self, rules: dict[str, Rule]) -> dict[str, list[FoldScores]]:
         settings, seed = self.experiment.out_of_fold, self.experiment.seed
@@ -163,22 +131,6 @@ class RankingTask:
         return TrainingData(
             matrix=fold.data.matrix(fold.training_rows), catalogue=fold.data.catalogue, cache=self.run.cache
         )
-
-    @functools.cached_property
-    def rules(self) -> dict[str, Rule]:
-        """The rules that `fuse` left."""
-        rules = self._new_rules()
-        for name, rule in rules.items():
-            rule.load_state(load_arrays(self.run.path("rules", name, "state.npz")))
-        return rules
-
-    @property
-    def rule_reports(self) -> dict[str, dict[str, Any]]:
-        """What fitting each rule said: weights, losses."""
-        return {
-            name: json.loads(self.run.path("rules", name, "rule.json").read_text(encoding="utf-8"))
-            for name in self.experiment.rules
-        }
 
     # ---- evaluate ---------------------------------------------------------------------------------------
 
@@ -229,10 +181,6 @@ class RankingTask:
     def part_counts(self) -> dict[str, int]:
         """Rows by name of part."""
         return {PART_NAMES[part]: int((self.parts == part).sum()) for part in (TRAIN, VALIDATION, TEST, HISTORY)}
-
-    def dropped(self) -> list[Dropped]:
-        """What cleaning removed."""
-        return [Dropped(**rule) for rule in self.facts["dropped"]]
 
 
 def data_hash(data: Interactions) -> str:

@@ -182,6 +182,23 @@ class ConstantScorer(tf.Module):
         return tf.zeros([tf.shape(history)[0], 1]) + self.scores
 
 
+class ConstantState:
+    """The learned half of members that score all users alike: one array `[I]`."""
+
+    personal = False
+    scores: np.ndarray
+    speaks: np.ndarray
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"scores": self.scores, "speaks": self.speaks}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        self.scores, self.speaks = state["scores"], state["speaks"]
+
+    def scorer(self) -> tf.Module:
+        return ConstantScorer(self.scores)
+
+
 class NeighbourScorer(tf.Module):
     """Score of an item = sum of its weights in the neighbour lists of the history's items.
 

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from fusion.compat import tf
 from fusion.config import Settings
 from fusion.errors import DataError
 from fusion.registry import nearest
 from fusion.types import RunOptions
-from recsys.collaborative.base import ConstantScorer, Member, TrainingData
+from recsys.collaborative.base import ConstantState, Member, TrainingData
 
 
-class CategoryPopularity(Member):
+class CategoryPopularity(ConstantState, Member):
     """Score = the mean, over the item's categories, of log(1 + mean positives of the category's items).
 
     The same for every user. The baseline that a content member has to beat on items without a rating; it is
@@ -30,7 +29,6 @@ class CategoryPopularity(Member):
         separator: str = Field("|", min_length=1)
         """What stands between two categories."""
 
-    personal = False
     reads_content = True
 
     def fit(self, data: TrainingData, options: RunOptions) -> None:
@@ -43,15 +41,6 @@ class CategoryPopularity(Member):
         known = [[means[name] for name in names if name in means] for names in categories]
         self.scores = np.array([np.mean(np.log1p(values)) if values else 0.0 for values in known], np.float32)
         self.speaks = np.array([bool(values) for values in known])
-
-    def state(self) -> dict[str, np.ndarray]:
-        return {"scores": self.scores, "speaks": self.speaks}
-
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        self.scores, self.speaks = state["scores"], state["speaks"]
-
-    def scorer(self) -> tf.Module:
-        return ConstantScorer(self.scores)
 
 
 def _mean_counts(categories: list[list[str]], counts: np.ndarray) -> dict[str, Any]:

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusion.compat import tf
 from fusion.config import Settings
 from fusion.types import RunOptions
-from recsys.collaborative.base import ConstantScorer, Member, TrainingData
+from recsys.collaborative.base import ConstantState, Member, TrainingData
 
 
-class RandomOrder(Member):
+class RandomOrder(ConstantState, Member):
     """Scores drawn from the seed. Reads nothing but the number of items."""
 
     class Config(Settings):
         """A random order has no settings."""
 
-    personal = False
-
     def fit(self, data: TrainingData, options: RunOptions) -> None:
         self.scores = np.random.default_rng(self.seed).random(data.matrix.shape[1], np.float32)
         self.speaks = np.ones(len(self.scores), bool)
-
-    def state(self) -> dict[str, np.ndarray]:
-        return {"scores": self.scores, "speaks": self.speaks}
-
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        self.scores, self.speaks = state["scores"], state["speaks"]
-
-    def scorer(self) -> tf.Module:
-        return ConstantScorer(self.scores)
