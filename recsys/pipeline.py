@@ -28,13 +28,15 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     return parse_experiment(read_config(path, overrides))
 
 
-def run_experiment(experiment: Any, root: str | Path = "runs", *, fresh: bool = False, quiet: bool = False) -> Run:
+def run_experiment(
+    experiment: Any, root: str | Path = "runs", *, fresh: bool = False, resume: bool = False, quiet: bool = False
+) -> Run:
     """Runs all stages in a run's folder below `root`, or continues an unfinished run of the same config.
 
-    Returns the run; its `report.json`, `report.html` and `export/` are then complete.
+    `fresh` and `resume` insist on the one or the other, see `Run.start`. Returns the run; its `report.json`, `report.html` and `export/` are then complete.
     """
     with machine_faults(Path(root)):
-        run = Run.start(experiment, Path(root), fresh=fresh, quiet=quiet)
+        run = Run.start(experiment, Path(root), fresh=fresh, resume=resume, quiet=quiet)
         with run.locked():
             run_stages(run)
     return run

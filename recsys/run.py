@@ -54,13 +54,23 @@ class Run:
         return self.folder.parent.parent / ".cache"
 
     @classmethod
-    def start(cls, experiment: Any, root: Path, *, fresh: bool = False, quiet: bool = False) -> Run:
-        """The unfinished run of the same config, or a new one. The resolved config is its first file."""
+    def start(
+        cls, experiment: Any, root: Path, *, fresh: bool = False, resume: bool = False, quiet: bool = False
+    ) -> Run:
+        """The unfinished run of the same config, or a new one. The resolved config is its first file.
+
+        `fresh` always makes a new one; `resume` never does, and raises ConfigError when there is nothing to continue.
+        """
         home = root / experiment.name
         _make_folder(home)
         unfinished = None if fresh else _unfinished(home, experiment.hash())
         if unfinished:
             return cls(unfinished, experiment, quiet=quiet)
+        if resume:
+            raise ConfigError(
+                f"--resume needs an unfinished run of this very config below {home}; there is none. "
+                "Leave it out to start one, or give the same --set and --run-dir as before."
+            )
         folder = _new_folder(home)
         run = cls(folder, experiment, quiet=quiet)
         text = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -25,7 +25,13 @@ def main() -> int:
     parser.add_argument(
         "--run-dir", type=Path, default=Path("runs"), help="where runs and the cache lie (default: runs)"
     )
-    parser.add_argument("--fresh", action="store_true", help="start anew, not from an unfinished run of this config")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--fresh", action="store_true", help="start anew even if an unfinished run of this config exists"
+    )
+    which.add_argument(
+        "--resume", action="store_true", help="only continue: fail if no such run exists (default: either)"
+    )
     parser.add_argument("--strict", action="store_true", help="fail on the first row that cleaning would drop")
     parser.add_argument("--refit", choices=["none", "all"], help="train on every row before the export, or not")
     parser.add_argument("--dry-run", action="store_true", help="print plan, rows, estimated time and memory")
@@ -43,7 +49,7 @@ def main() -> int:
     if args.dry_run:
         show(plan(experiment, args.run_dir), args.json)
         return 0
-    run = run_experiment(experiment, args.run_dir, fresh=args.fresh, quiet=args.quiet)
+    run = run_experiment(experiment, args.run_dir, fresh=args.fresh, resume=args.resume, quiet=args.quiet)
     report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     if args.json:
         print(json.dumps(report))
