@@ -33,7 +33,9 @@ def run_experiment(
 ) -> Run:
     """Runs all stages in a run's folder below `root`, or continues an unfinished run of the same config.
 
-    `fresh` and `resume` insist on the one or the other, see `Run.start`. Returns the run; its `report.json`, `report.html` and `export/` are then complete.
+    `fresh` and `resume` insist on the one or the other, see `Run.start`.
+
+    Returns the run; its `report.json`, `report.html` and `export/` are then complete.
     """
     with machine_faults(Path(root)):
         run = Run.start(experiment, Path(root), fresh=fresh, resume=resume, quiet=quiet)
