@@ -15,7 +15,7 @@ from fusion.files import save_arrays
 from fusion.images import load_images
 from fusion.progress import progress
 from fusion.training.member import ClassifierMember, LabelledData
-from fusion.training.out_of_fold import out_of_fold
+from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
 from fusion.training.separate import Examples
 from fusion.training.strategy import make_strategy
 from fusion.types import derive_seed
@@ -159,10 +159,14 @@ class ClassificationTask(Stages):
         logits = np.zeros((len(train), len(self.experiment.members), len(self.classes)), np.float32)
         for position, (name, part) in enumerate(self._with_progress("members out of fold")):
             recipe = without_validation(part, self.fitted[name].history)
-            for fold in range(folds):
-                held = fold_of == fold
-                member = self._fit(name, recipe, self._labelled(name, train[~held], None)).member
-                logits[held, position] = self._logits(member, name, train[held])
+
+            def score(
+                _: int, rows: np.ndarray, held: np.ndarray, name: str = name, recipe: Part = recipe
+            ) -> np.ndarray:
+                member = self._fit(name, recipe, self._labelled(name, train[rows], None)).member
+                return self._logits(member, name, train[held])
+
+            logits[:, position] = out_of_fold_logits(score, fold_of, f"{name} out of fold", self.run.quiet)
         mask = np.stack([self.available(name)[train] for name in self.experiment.members], axis=1)
         return logits, mask
 
