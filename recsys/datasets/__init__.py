@@ -17,6 +17,7 @@ READERS = Registry(
         "recbole": "recsys.datasets.recbole:RecBole",
         "sklearn_digits": "recsys.datasets.digits:Digits",
         "planted": "recsys.datasets.planted:Planted",
+        "long_tail": "recsys.datasets.long_tail:LongTail",
         "planted_classes": "recsys.datasets.planted:PlantedClasses",
     },
 )

@@ -39,6 +39,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "movielens_package": lambda path: {},
     "recbole": _recbole,
     "sklearn_digits": lambda path: {},
+    "long_tail": lambda path: {"size": "small"},
     "planted": lambda path: {"users": 8, "items": 20, "interactions_per_user": 5, "image_size": 8},
     "planted_classes": lambda path: {"examples": 40, "image_size": 8},
 }
