@@ -13,6 +13,7 @@ RULES = Registry(
         "average": "fusion.rules.average:Average",
         "vote": "fusion.rules.vote:Vote",
         "probability": "fusion.rules.probability:Probability",
+        "greedy": "fusion.rules.greedy:Greedy",
         "stacker": "fusion.rules.stacker:Stacker",
     },
 )

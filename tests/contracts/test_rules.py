@@ -32,6 +32,7 @@ VARIANTS: dict[str, list[tuple[Over, dict[str, Any]]]] = {
         *[("candidates", {"normalisation": kind, "top_n": 4}) for kind in ("rank", "softmax", "none")],
         ("classes", {"weights": {"image": 0.2, "text": 0.3, "taste": 0.5}}),
     ],
+    "greedy": [("candidates", {"normalisation": kind, "top_n": 4}) for kind in ("log_rank", "none")],
     "stacker": [("classes", {"per_class": True}), ("candidates", {"features": ("rank",), "top_n": 4})],
 }
 

@@ -19,6 +19,7 @@ from fusion.config import parse
 from fusion.errors import ConfigError, DataError
 from fusion.rules import RULES
 from fusion.rules.base import Rule
+from fusion.rules.greedy import forward_selection, sampled_ndcg
 from fusion.rules.normalisation import fit_temperature, speaking_candidates, standardise
 from fusion.rules.vote import smallest_margin
 from fusion.types import Over
@@ -553,3 +554,74 @@ def test_rules_take_part_in_functional_models() -> None:
         "bias",
         "temperatures",
     }
+
+
+# ---- greedy selection
+
+
+def test_ndcg_of_sampled_lists_by_hand() -> None:
+    """A sampled candidate that stands for 3 pushes what is below it down by 3 places; silence is never listed."""
+    fused = np.array([[0.9, 0.8, 0.7, -np.inf], [0.1, 0.2, 0.3, 0.4]])
+    positives = np.array([[False, True, True, False], [True, False, False, False]])
+    weights = np.array([[3.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    gains = 1 / np.log2(5) + 1 / np.log2(6)  # places 4 and 5
+    ideal = 1 + 1 / np.log2(3)
+    np.testing.assert_allclose(sampled_ndcg(fused, positives, weights, 5), [gains / ideal, 1 / np.log2(5)])
+    np.testing.assert_allclose(sampled_ndcg(fused, positives, weights, 3), [0.0, 0.0])
+
+
+def test_forward_selection_by_hand() -> None:
+    """Two members that are right on different rows join; one that repeats the first, and one that hurts, do not."""
+    right = np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
+
+    def goodness(counts: tuple[int, ...]) -> np.ndarray:
+        first, second, harm = counts[0] + counts[2], counts[1], counts[3]
+        total = max(first + second + harm, 1)
+        return np.sqrt((first * right[0] + second * right[1]) / total) - harm / total
+
+    shares = forward_selection(goodness, np.array([True, True, False, False]), np.arange(4), steps=6)
+    np.testing.assert_allclose(shares, [0.5, 0.5, 0.0, 0.0])
+
+
+def lists_of(weak: float, users: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Scores `[N, 3, K]` of two members that see different halves of taste and one that sees `weak` of it."""
+    random = np.random.default_rng(seed)
+    halves, noise = random.normal(size=(2, users, 60)), random.normal(size=(3, users, 60))
+    positives = np.argsort(-(halves[0] + halves[1]), axis=1).argsort(axis=1) < 3
+    scores = np.stack([halves[0], halves[1], weak * halves[0]], axis=1) + 0.3 * noise.transpose(1, 0, 2)
+    return scores.astype(np.float32), positives
+
+
+def test_greedy_drops_the_weak_and_keeps_the_rest_alike() -> None:
+    """H4: a member of noise leaves; the two that know different things stay with about equal shares."""
+    rule = make("greedy", "candidates")
+    scores, positives = lists_of(weak=0.0)
+    report = rule.fit(rule.normalise(scores).numpy(), None, positives, seed=1)
+    weights = list(report["weights"].values())
+    assert weights[2] == 0.0 and min(weights[:2]) > 0.35 and sum(weights) == pytest.approx(1.0)
+    assert report["loss_after"] < report["loss_before"]
+
+
+def test_greedy_falls_back_on_those_it_dropped() -> None:
+    """H8: where no chosen member says anything about a row, the others answer; elsewhere they stay silent."""
+    rule = make("greedy", "candidates", k=3)
+    rule.load_state({"weights": np.array([0.5, 0.5, 0.0], np.float32)})
+    scores = np.array(
+        [[[1, 2, np.nan], [2, 4, np.nan], [3, 1, 2]], [[np.nan] * 3, [np.nan] * 3, [3, 1, 2]]], np.float32
+    )
+    fused = rule(scores).numpy()
+    np.testing.assert_allclose(fused[0], [-1, 1, -np.inf])
+    np.testing.assert_allclose(fused[1], [Z, -Z, 0], atol=1e-5)
+    terms = rule.contributions(scores)[0].numpy()
+    assert (terms[0, 2] == 0).all() and (terms[1, :2] == 0).all()
+
+
+def test_greedy_over_classes_learns_who_is_right() -> None:
+    """H4: labels decide who stays; shuffled labels leave nothing to gain over the prior."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 300)
+    good = np.eye(3)[labels] * 2.0 + random.normal(size=(300, 3))
+    scores = np.stack([good, random.normal(size=(300, 3)) * 4, good + random.normal(size=(300, 3)) * 0.5], axis=1)
+    rule = make("greedy", "classes", calibrate=False)
+    report = rule.fit(scores.astype(np.float32), None, labels)
+    assert report["weights"]["b"] == 0.0 and report["loss_after"] < report["loss_before"]
