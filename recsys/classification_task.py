@@ -22,7 +22,7 @@ from fusion.types import derive_seed
 from recsys.cleaning import clean_examples
 from recsys.collaborative.content import join_columns
 from recsys.decoding import decoder_of
-from recsys.fitting import Fitted, fit_member, keep_copy, without_validation
+from recsys.fitting import Fitted, fit_member, keep_copy
 from recsys.schema import IMAGE, LABEL, SPLIT, TEST, TRAIN, VALIDATION
 from recsys.splits import SplitManifest, split_examples
 from recsys.stages import Stages
@@ -157,8 +157,8 @@ class ClassificationTask(Stages):
         folds = max(2, self.experiment.out_of_fold.folds)
         fold_of = out_of_fold(len(train), folds, derive_seed(seed, "folds"), self.labels[train])
         logits = np.zeros((len(train), len(self.experiment.members), len(self.classes)), np.float32)
-        for position, (name, part) in enumerate(self._with_progress("members out of fold")):
-            recipe = without_validation(part, self.fitted[name].history)
+        for position, (name, _) in enumerate(self._with_progress("members out of fold")):
+            recipe = self.fitted[name].recipe
 
             def score(
                 _: int, rows: np.ndarray, held: np.ndarray, name: str = name, recipe: Part = recipe
@@ -206,9 +206,9 @@ class ClassificationTask(Stages):
         members = {name: fitted.member for name, fitted in self.fitted.items()}
         if self.experiment.export.refit == "all":
             everything = np.arange(len(self.table))
-            for name, part in self._with_progress("members on every row"):
-                recipe = without_validation(part, self.fitted[name].history)
-                members[name] = self._fit(name, recipe, self._labelled(name, everything, None)).member
+            for name, _ in self._with_progress("members on every row"):
+                everyone = self._labelled(name, everything, None)
+                members[name] = self._fit(name, self.fitted[name].recipe, everyone).member
         return Ensemble(members, self.rules[rule])
 
     def part_counts(self) -> dict[str, int]:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fusion.config import Part, content_hash
+from fusion.config import Part, content_hash, parse_part
 from fusion.errors import DataError
 from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays
+from fusion.registry import Registry
 from fusion.types import History, RunOptions, derive_seed
 from recsys.run import code_version
 
@@ -31,12 +32,23 @@ class FitData(Protocol):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fitted member, where it lies, and what fitting it took."""
+    """A fitted member, the settings it was fitted with, where it lies, and what fitting it took."""
 
     member: Any
+    part: Part
     folder: Path
     history: History | None
     seconds: float
+
+    @property
+    def recipe(self) -> Part:
+        """The same for rows on which nothing may be validated: as many epochs as were best before."""
+        history, config = self.history, self.part.config
+        if history is None or not history.epochs or not hasattr(config, "training"):
+            return self.part
+        epochs = max(history.best_epoch, 0) + 1
+        training = config.training.model_copy(update={"epochs": epochs, "patience": 0, "target": None})
+        return replace(self.part, config=config.model_copy(update={"training": training}))
 
 
 def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any = None, quiet: bool = False) -> Fitted:
@@ -53,7 +65,7 @@ def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any
             if not folder.exists():  # another process may have fitted it while we waited
                 _fit_into(folder, work, name, part, data, seed, strategy, quiet)
         shutil.rmtree(work.parent, ignore_errors=True)
-    return load_fitted(folder, name, part, seed)
+    return load_fitted(folder, name, part.registry, seed)
 
 
 def _fit_into(
@@ -82,27 +94,19 @@ def _fit_into(
             shutil.copy(events, aside)
 
 
-def load_fitted(folder: Path, name: str, part: Part, seed: int) -> Fitted:
-    """A fitted member out of its folder."""
+def load_fitted(folder: Path, name: str, registry: Registry, seed: int) -> Fitted:
+    """A fitted member out of its folder, with the settings that are written there."""
     facts = json.loads((folder / "member.json").read_text(encoding="utf-8"))
+    part = parse_part(registry, facts["config"], name)
     member = part.make(derive_seed(seed, "member", name))
     member.load_state(load_arrays(folder / "state.npz"))
     history = History(**facts["history"]) if facts["history"] else None
-    return Fitted(member, folder, history, facts["seconds"])
+    return Fitted(member, part, folder, history, facts["seconds"])
 
 
 def _key(name: str, part: Part, data: FitData, seed: int) -> str:
     recipe = {"name": name, "part": part.dump(), "seed": seed, "code": code_version()}
     return content_hash({**recipe, "data": data.fingerprint(part)})
-
-
-def without_validation(part: Part, history: History | None) -> Part:
-    """The same recipe for rows on which nothing may be validated: as many epochs as were best before."""
-    if history is None or not history.epochs or not hasattr(part.config, "training"):
-        return part
-    epochs = max(history.best_epoch, 0) + 1
-    training = part.config.training.model_copy(update={"epochs": epochs, "patience": 0, "target": None})
-    return replace(part, config=part.config.model_copy(update={"training": training}))
 
 
 def keep_copy(source: Path, target: Path) -> None:

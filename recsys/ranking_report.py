@@ -12,7 +12,7 @@ from fusion.progress import progress
 from fusion.rules.base import Rule
 from fusion.types import derive_seed
 from recsys import results
-from recsys.core import RankingCore
+from recsys.core import MemberScores, RankingCore
 from recsys.evaluation import Question, Ranked, question
 from recsys.metrics import parse_metric
 from recsys.recommender import ServedRecommender
@@ -49,11 +49,10 @@ class RankingEvaluation:
     def report(self) -> dict[str, Any]:
         """The content of `report.json`."""
         task, members, rules = self.task, list(self.experiment.members), list(self.experiment.rules)
-        ranker = task.ranker(task.rules)
         asked, ranked, values, found = {}, {}, {}, {}
         for name, part in (("validation", VALIDATION), ("test", TEST)):
             asked[name] = question(task.interactions, task.parts, part, held_out=self.experiment.held_out_candidates)
-            ranked[name] = self._rank(ranker, asked[name], name)
+            ranked[name] = self._rank(task.ranker(task.rules, part), asked[name], name)
             values[name] = results.values_of(ranked[name].lists, self.metrics, self.catalogue)
             found[name] = results.figures(values[name], self.samples, self.seed, len(ranked[name].users))
         self.test_question, self.test_ranked, self.test_values = asked["test"], ranked["test"], values["test"]
@@ -73,6 +72,7 @@ class RankingEvaluation:
             "segments": self._segments(members, rules),
             "significance": results.significance(values["test"], best_rule, best_member, self.samples, self.seed),
             "cost": self._cost(),
+            "tuning": self.task.trials,
             "variants": {},
         }
 
@@ -103,6 +103,7 @@ class RankingEvaluation:
             **counts,
             "candidates": "held-out items" if self.experiment.held_out_candidates else "all unseen items",
             "test_users": len(self.test_ranked.users),
+            "members_of_test_fitted_on": "train + validation" if self.experiment.evaluation.refit else "train",
         }
 
     def _segments(self, members: list[str], rules: list[str]) -> dict[str, Any]:
@@ -184,7 +185,7 @@ class RankingEvaluation:
         asked = self.test_question
         count = min(self.experiment.evaluation.examples, len(asked.users))
         chosen = np.random.default_rng(self.seed).permutation(asked.users)[:count]
-        core = RankingCore(task.member_scores, task.rules[best_rule])
+        core = RankingCore(MemberScores(task.test_members), task.rules[best_rule])
         served = ServedRecommender(core, data.item_ids, data.user_ids, asked.history, asked.seen, 6)
         outside = data.item_ids[asked.candidates] if not asked.candidates.all() else np.array([""])
         examples = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from fusion.config import Part
+from fusion.files import write_atomically
 from fusion.progress import progress
 from fusion.rules.base import Rule
 from fusion.training.strategy import make_strategy
@@ -19,13 +21,17 @@ from recsys.collaborative.base import Member, TrainingData
 from recsys.core import MemberScores
 from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
-from recsys.fitting import Fitted, fit_member, keep_copy, without_validation
+from recsys.fitting import Fitted, fit_member, keep_copy
 from recsys.metrics import Catalogue, parse_metric
 from recsys.out_of_fold import Fold, FoldScores, make_folds, sampled_scores
 from recsys.schema import HISTORY, PART_NAMES, TEST, TRAIN, VALIDATION, Interactions
 from recsys.splits import SplitManifest, split
 from recsys.stages import Stages
 from recsys.storage import arrays_hash, load_interactions, save_interactions, table_hash
+from recsys.tuning import tune
+
+TUNING_USERS = 5000
+"""Validation users on which settings are chosen; of more a fixed random part."""
 
 
 class RankingTask(Stages):
@@ -68,9 +74,35 @@ class RankingTask(Stages):
     # ---- train ------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Fits every member on the training part and leaves it in `submodels/<name>/`."""
-        for name, fitted in self._fit_all(self._training_data(), self.experiment.members).items():
+        """Fits every member on the training part, tuned where asked for, and leaves it in `submodels/<name>/`."""
+        data = self._training_data()
+        for name, fitted in self._fit_all(data, self._tuned(data)).items():
             keep_copy(fitted.folder, self.run.path("submodels", name))
+
+    def _tuned(self, data: TrainingData) -> dict[str, Part]:
+        """The members' settings, after those named in `tuning` have been chosen on validation."""
+        members, grids = dict(self.experiment.members), self.experiment.tuning
+        metric = parse_metric(self.experiment.primary, "candidates")
+        asked = question(self.interactions, self.parts, VALIDATION, held_out=self.experiment.held_out_candidates)
+        validate = validator(asked, metric.name, TUNING_USERS)
+        trials = {}
+        for name, grid in grids.items():
+            with progress(f"tune {name}", sum(map(len, grid.values())), "fits", quiet=self.run.quiet) as bar:
+
+                def measure(part: Part, name: str = name, bar: Any = bar) -> float:
+                    value = validate(self._fit(name, part, data).member.scorer())[metric.name]
+                    bar.advance(1)
+                    return value
+
+                members[name], tried = tune(name, members[name], grid, measure, metric.higher_is_better)
+            trials[name] = [vars(trial) for trial in tried]
+        write_atomically(self.run.path("submodels", "tuning.json"), json.dumps(trials, indent=2))
+        return members
+
+    @property
+    def trials(self) -> dict[str, list[dict[str, Any]]]:
+        """What tuning tried: by member a list of key, value and metric on validation."""
+        return json.loads(self.run.path("submodels", "tuning.json").read_text(encoding="utf-8"))
 
     def _training_data(self) -> TrainingData:
         data, parts = self.interactions, self.parts
@@ -84,21 +116,41 @@ class RankingTask(Stages):
             monitor=self.experiment.primary,
         )
 
-    def _fit_all(self, data: TrainingData, members: dict[str, Part]) -> dict[str, Fitted]:
-        strategy = make_strategy(self.experiment.strategy)
+    def _fit_all(self, data: TrainingData, members: Mapping[str, Part]) -> dict[str, Fitted]:
         fitted = {}
         with progress("members", total=len(members), unit="members", quiet=self.run.quiet) as bar:
             for name, part in members.items():
-                fitted[name] = fit_member(
-                    name, part, data, self.experiment.seed, strategy=strategy, quiet=self.run.quiet
-                )
+                fitted[name] = self._fit(name, part, data)
                 bar.advance(1)
         return fitted
 
+    def _fit(self, name: str, part: Part, data: TrainingData) -> Fitted:
+        strategy = make_strategy(self.experiment.strategy)
+        return fit_member(name, part, data, self.experiment.seed, strategy=strategy, quiet=self.run.quiet)
+
+    def _fit_again(self, parts: tuple[int, ...]) -> dict[str, Member]:
+        """The members by the recipes that validation left, fitted on the positive rows of `parts`."""
+        data = self.interactions
+        rows = np.isin(self.parts, parts) & data.positive
+        again = TrainingData(matrix=data.matrix(rows), catalogue=data.catalogue, cache=self.run.cache)
+        return {name: fitted.member for name, fitted in self._fit_all(again, self.recipes).items()}
+
+    @property
+    def recipes(self) -> dict[str, Part]:
+        """By member the settings with which it is fitted on other rows than those of training."""
+        return {name: fitted.recipe for name, fitted in self.fitted.items()}
+
     @functools.cached_property
     def member_scores(self) -> MemberScores:
-        """The members' scorers side by side."""
+        """The scorers of the members as they were trained, side by side."""
         return MemberScores({name: fitted.member for name, fitted in self.fitted.items()})
+
+    @functools.cached_property
+    def test_members(self) -> dict[str, Member]:
+        """The members that are asked about the test part: fitted on training rows, or with validation added."""
+        if self.experiment.evaluation.refit:
+            return self._fit_again((TRAIN, VALIDATION))
+        return {name: fitted.member for name, fitted in self.fitted.items()}
 
     # ---- fuse -------------------------------------------------------------------------------------------
 
@@ -117,10 +169,9 @@ class RankingTask(Stages):
     def _out_of_fold_scores(self, rules: dict[str, Rule]) -> dict[str, list[FoldScores]]:
         settings, seed = self.experiment.out_of_fold, self.experiment.seed
         folds = make_folds(self.interactions, self.parts, self.experiment.split, settings.folds, seed)
-        recipes = {n: without_validation(p, self.fitted[n].history) for n, p in self.experiment.members.items()}
         result: dict[str, list[FoldScores]] = {name: [] for name in rules}
         for number, fold in enumerate(folds):
-            members = {n: f.member for n, f in self._fit_all(self._fold_data(fold), recipes).items()}
+            members = {n: f.member for n, f in self._fit_all(self._fold_data(fold), self.recipes).items()}
             asked = fold.question(held_out=self.experiment.held_out_candidates)
             sampled = sampled_scores(MemberScores(members), rules, asked, settings, derive_seed(seed, number))
             for name, parts in sampled.items():
@@ -140,16 +191,19 @@ class RankingTask(Stages):
 
         write_ranking_report(self)
 
-    def ranker(self, rules: Mapping[str, Callable[..., Any]]) -> Ranker:
-        """Ranks by all members and the given rules, lists as long as the longest metric needs."""
+    def ranker(self, rules: Mapping[str, Callable[..., Any]], part: int = TEST) -> Ranker:
+        """Ranks a part by all members and the given rules, lists as long as the longest metric needs."""
         longest = max((parse_metric(name, "candidates").k or 10) for name in self.experiment.metrics)
-        return Ranker(self.member_scores, rules, longest)
+        members = MemberScores(self.test_members) if part == TEST else self.member_scores
+        return Ranker(members, rules, longest)
 
     def catalogue(self) -> Catalogue:
-        """Facts about items for the metrics beyond accuracy: training counts and content vectors."""
+        """Facts about items for the metrics beyond accuracy: counts in the rows that the members of the test part
+        have seen, and content vectors."""
         tables = [f.member.table for f in self.fitted.values() if hasattr(f.member, "table")]
         data = self.interactions
-        counts = data.matrix((self.parts == TRAIN) & data.positive).getnnz(axis=0).astype(np.int64)
+        fitted_on = (TRAIN, VALIDATION) if self.experiment.evaluation.refit else (TRAIN,)
+        counts = data.matrix(np.isin(self.parts, fitted_on) & data.positive).getnnz(axis=0).astype(np.int64)
         return Catalogue(len(data.item_ids), popularity=counts, vectors=tables[0] if tables else None)
 
     # ---- export -----------------------------------------------------------------------------------------
@@ -165,10 +219,7 @@ class RankingTask(Stages):
         """The members as they are exported: fitted on every positive row, or as they were evaluated."""
         if self.experiment.export.refit == "none":
             return {name: fitted.member for name, fitted in self.fitted.items()}
-        data = self.interactions
-        everything = TrainingData(matrix=data.matrix(data.positive), catalogue=data.catalogue, cache=self.run.cache)
-        recipes = {n: without_validation(p, self.fitted[n].history) for n, p in self.experiment.members.items()}
-        return {name: fitted.member for name, fitted in self._fit_all(everything, recipes).items()}
+        return self._fit_again((TRAIN, VALIDATION, TEST, HISTORY))
 
     def known(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """`[U, I]` positives and everything seen, as the exported artifact knows them: every row, refitted or not.

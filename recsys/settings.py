@@ -18,7 +18,9 @@ from recsys.cleaning import CleaningSettings
 from recsys.collaborative import MEMBERS
 from recsys.datasets import READERS
 from recsys.metrics import parse_metric
+from recsys.presets import with_preset
 from recsys.splits import SplitSettings
+from recsys.tuning import Grid, check_grid
 
 NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]{0,40}$")
 RANKING_METRICS = (
@@ -50,6 +52,8 @@ class EvaluationSettings(Settings):
     """The metric that chooses the best member and the best rule on validation; empty: ndcg@10 or accuracy."""
     candidates: Literal["auto", "all", "held_out"] = "auto"
     """all: every unseen item; held_out: only items without training rows; auto: held_out for item_holdout."""
+    refit: bool = False
+    """Rankings: True fits the members once more, on training and validation rows, before the test part is ranked."""
     samples: int = Field(1000, ge=100, le=100_000)
     """Bootstrap samples behind every interval."""
     short_history: int = Field(10, ge=1)
@@ -168,6 +172,18 @@ class RecommendationExperiment(Experiment):
     """What the ensemble does."""
     members: dict[str, part_of(MEMBERS)] = Field(min_length=1)  # type: ignore[valid-type]
     """The members by name, in the order of the axis S."""
+    tuning: dict[str, Grid] = Field(default_factory=dict)
+    """Values to try on validation by member and key, as in `{ease: {l2: [100, 300]}}`; one key after the other."""
+    collaborative: str | None = None
+    """The preset whose members, rules and tuning stand below those of the config; see `recsys.presets`."""
+
+    def check(self) -> None:
+        """As `Experiment.check`; what is tuned must be there and take the values."""
+        super().check()
+        for name, grid in self.tuning.items():
+            if name not in self.members:
+                raise ConfigError(f"tuning names the unknown member '{name}': {nearest(name, self.members)}")
+            check_grid(name, self.members[name], grid)
 
     def _task_metrics(self) -> tuple[str, ...]:
         return RANKING_METRICS
@@ -212,7 +228,7 @@ def parse_experiment(config: dict[str, Any]) -> Any:
     task = config.get("task", "recommendation")
     if task not in TASKS:
         raise ConfigError(f"task: unknown task '{task}': {nearest(str(task), TASKS)}")
-    experiment = parse(TASKS[task], config)
+    experiment = parse(TASKS[task], with_preset(config))
     experiment.check()
     return experiment
 

@@ -44,7 +44,7 @@ class Stages:
     def fitted(self) -> dict[str, Fitted]:
         """The members that `train` left."""
         return {
-            name: load_fitted(self.run.path("submodels", name), name, part, self.experiment.seed)
+            name: load_fitted(self.run.path("submodels", name), name, part.registry, self.experiment.seed)
             for name, part in self.experiment.members.items()
         }
 
