@@ -1,4 +1,33 @@
-"""Experiments from Python: what the tools do, as one object that fits, evaluates, recommends, exports and loads."""
+"""Experiments from Python: what the tools do, as one object that fits, evaluates, recommends, exports and loads.
+
+What unusual questions get from `Recommender`, and from the exported signatures, which any TensorFlow server runs. Here
+"no row" is no row of the table for that user, and "empty" is the id '' with score and contributions 0 in every place.
+
+| question                                     | `Recommender`                      | signature                       |
+|----------------------------------------------|------------------------------------|---------------------------------|
+| user not known, no history                   | DataError names the user           | as no history; not `known_user` |
+| no history, or only items that are not known | members that are not personal answer (popularity); without any: | |
+|                                              | no row                             | empty                           |
+| all seen, excluded or not in `include`       | no row                             | empty                           |
+| unknown ids beside known ones                | have no effect; an `include` of unknown ids alone leaves nothing ||
+| an item twice in a history                   | counts once, where it stands last  | the same                        |
+| k above what is left                         | as many rows as are left           | empty beyond the last           |
+| k above `export.k_max`                       | ConfigError                        | cut to `k_max`                  |
+| k = 0 or below                               | ConfigError                        | empty                           |
+| a history longer than the catalogue          | answered                           | answered                        |
+| a catalogue of one item                      | no row: who scores all items alike is taken for silent | empty       |
+| `similar_items` of an unknown item           | DataError names the item           | empty                           |
+| `search` by an empty text, a broken image    | DataError                          | (its callers read text, files)  |
+
+`serving.predictor.Predictor` answers as the signature does, but refuses a k that is not between 1 and `k_max`, and a
+history of more than 4,096 items, with LimitExceeded. `tools/recommend.py` asks the predictor: what it refuses ends with
+exit code 2; a user, a history or an item that is not known with 3; what is left of unknown ids is named in a note.
+
+Training data: a pair that stands twice counts once (`cleaning.duplicates` says which row stays); with `positive: any` a
+negative rating is an interaction like any other, and `positive: rating >= 4` or `cleaning.min_rating` keep it from
+teaching; weights of rules below zero are a ConfigError. Users without interactions teach nothing, items without any are
+spoken of by content alone, and one user or one item is enough to fit every member, or it says in one sentence why not.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +41,10 @@ import pandas as pd
 
 from fusion.compat import tf
 from fusion.config import read_config
-from fusion.errors import DataError
+from fusion.errors import ConfigError, DataError
 from fusion.export.manifest import publish
 from fusion.export.savedmodel import load as load_savedmodel
+from recsys.examples import Examples
 from recsys.export import artifact_of
 from recsys.pipeline import rerun, run_experiment
 from recsys.run import Run
@@ -33,7 +63,7 @@ class Recommender:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._answer: Any = None
+        self._loaded: Any = None
 
     @classmethod
     def fit(
@@ -72,47 +102,97 @@ class Recommender:
         """The k best unseen items of known users, or of people known by what they have taken.
 
         Returns one row for each item: `row` (which user or history), `user_id`, `rank`, `item_id`, `score`, and a
-        column for each member's contribution. Raises DataError for an unknown user.
+        column for each member's contribution. Raises DataError for an unknown user, and ConfigError for a `k` that is
+        not between 1 and the `export.k_max` of the run; this module's docstring has a table of all other cases.
         """
         if (user_ids is None) == (histories is None):
             raise DataError("give either user_ids or histories; received both or neither.")
         count = len(user_ids if user_ids is not None else histories or ())
-        answer = self._recommend(
+        found = self._call(
+            "recommend",
+            k,
+            count,
             user_id=tf.constant(list(user_ids or [""] * count), tf.string),
             history=_padded(histories or [[]] * count),
-            k=tf.fill([count], k),
             exclude=_padded([list(exclude)] * count),
             include=_padded([list(include)] * count),
         )
-        found = {name: tensor.numpy() for name, tensor in answer.items()}
         unknown = [user for user, known in zip(user_ids or (), found["known_user"], strict=False) if not known]
         if unknown:
             raise DataError(f"the user '{unknown[0]}' is not known; give items that they liked as histories.")
+        table = self._table(found)
+        table.insert(1, USER_ID, [user_ids[row] if user_ids is not None else "" for row in table["row"]])
+        return table
+
+    def similar_items(self, item_ids: Sequence[str], k: int = 10) -> pd.DataFrame:
+        """The k items most like each of the given ones: what the personal members, fused, give to somebody who has
+        taken just this item. A cold item is answered by the members that read content. No item is like itself.
+
+        Returns one row for each item: `row` (which of `item_ids`), `rank`, `item_id`, `score`, and a column for each
+        member's contribution. Raises DataError for an unknown item, ConfigError for a wrong `k`.
+        """
+        found = self._call("similar_items", k, len(item_ids), item_id=tf.constant(list(item_ids), tf.string))
+        known = set(pd.read_parquet(artifact_of(self.run.folder) / "items.parquet", columns=[ITEM_ID])[ITEM_ID])
+        unknown = [item for item in item_ids if item not in known]
+        if unknown:
+            raise DataError(f"the item '{unknown[0]}' is not in the catalogue; it can be like nothing there.")
+        return self._table(found)
+
+    def search(
+        self,
+        text: str | None = None,
+        image: str | Path | np.ndarray | None = None,
+        k: int = 10,
+        member: str | None = None,
+    ) -> pd.DataFrame:
+        """The k items whose text, or image, is nearest to an example by the cosine of their embeddings.
+
+        Args:
+            text: a sentence or a few words.
+            image: the path of a JPEG, PNG or WebP, or pixels `[H, W, 3]`; give either a text or an image.
+            k: how many items.
+            member: whose embeddings are searched; without it the first member that reads texts, or images.
+
+        Returns one row for each item: `rank`, `item_id`, `score` (the cosine, -1 to 1). Raises DataError for an example
+        that cannot be used, ConfigError when no member reads such content and for a wrong `k`.
+        """
+        if (text is None) == (image is None):
+            raise DataError("a search needs either a text or an image; received both or neither.")
+        examples = Examples(artifact_of(self.run.folder))
+        name = examples.choose("text" if image is None else "image", member)
+        inputs = examples.inputs(name, text if image is None else image)  # type: ignore[arg-type]
+        found = self._call(f"search_{name}", k, 1, **{n: tf.constant(array) for n, array in inputs.items()})
+        return self._table(found).drop(columns="row")
+
+    def _table(self, found: dict[str, np.ndarray]) -> pd.DataFrame:
+        """One row for each returned item."""
         rows, places = np.nonzero(found["item_ids"] != b"")
         table = pd.DataFrame(
             {
                 "row": rows,
-                USER_ID: [user_ids[int(row)] if user_ids is not None else "" for row in rows],
                 "rank": places + 1,
                 ITEM_ID: [item.decode("utf-8") for item in found["item_ids"][rows, places]],
                 "score": found["scores"][rows, places],
             }
         )
-        for position, member in enumerate(self.run.experiment.members):
-            table[member] = found["contributions"][rows, position, places]
+        if "contributions" in found:
+            for position, member in enumerate(self.run.experiment.members):
+                table[member] = found["contributions"][rows, position, places]
         return table
 
-    @property
-    def _recommend(self) -> Any:
-        if self._answer is None:
+    def _call(self, signature: str, k: int, count: int, **inputs: tf.Tensor) -> dict[str, np.ndarray]:
+        most = self.run.experiment.export.k_max
+        if not 1 <= k <= most:
+            raise ConfigError(f"k must be between 1 and {most} (export.k_max); received {k}.")
+        if self._loaded is None:
             self._loaded = load_savedmodel(artifact_of(self.run.folder))
-            self._answer = self._loaded.signatures["recommend"]
-        return self._answer
+        answer = self._loaded.signatures[signature](**inputs, k=tf.fill([count], k))
+        return {name: tensor.numpy() for name, tensor in answer.items()}
 
     def export(self, models: str | Path | None = None) -> Path:
         """Writes a new version of the artifact, and publishes it below `models` where that is given."""
         rerun(self.run, ["export"])
-        self._answer = None
+        self._loaded = None
         artifact = artifact_of(self.run.folder)
         return publish(artifact, models, self.run.experiment.name) if models else artifact
 

@@ -8,8 +8,10 @@ magnitude, their greedy walks get lost, and recall stays below 0.5 where inverte
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from fusion.compat import tf
 from fusion.config import Settings
 from fusion.errors import ConfigError, DataError, GateError, MachineError
 from fusion.files import atomic_folder, sha256_of
+from recsys.collaborative.base import PADDING
+from recsys.core import HISTORY_SPEC, RankingCore
 from recsys.results import latency
 
 INDEX, FACTS = "index.faiss", "index.json"
@@ -99,21 +104,18 @@ class ApproximateIndex:
 
     def _measure(self, queries: np.ndarray, exact: np.ndarray) -> list[Point]:
         """Recall and latency, one query at a time, for ever more probes until all lists are looked into."""
-        points = []
-        probes = 1
+        points: list[Point] = []
+        probes, k = 1, exact.shape[1]
         while True:
             probes = min(probes, self.lists)
-            found = self.search(queries, exact.shape[1], probes)[1]
-            position = iter(range(10**9))
-            clock = latency(lambda p=probes, n=position: self._one(queries, next(n), exact.shape[1], p), 100)
-            points.append(Point(probes, recall(found, exact), **clock))
+            clock = latency(functools.partial(self._ask_next, itertools.cycle(queries), k, probes), 100)
+            points.append(Point(probes, recall(self.search(queries, k, probes)[1], exact), **clock))
             if points[-1].recall >= max(self.config.recall, 0.99) or probes == self.lists:
                 return points
             probes *= 2
 
-    def _one(self, queries: np.ndarray, position: int, k: int, probes: int) -> Any:
-        at = position % len(queries)
-        return self.search(queries[at : at + 1], k, probes)
+    def _ask_next(self, queries: Iterator[np.ndarray], k: int, probes: int) -> None:
+        self.search(next(queries)[None], k, probes)
 
     def save(self, folder: Path) -> None:
         """Writes the index and its facts; the folder appears whole or not at all."""
@@ -136,6 +138,41 @@ class ApproximateIndex:
         table = [Point(**point) for point in facts["table"]]
         index = _faiss().read_index(str(folder / INDEX))
         return cls(index, cls.Config.model_validate(facts["config"]), facts["probes"], table)
+
+
+class TwoStage:
+    """Recommends from a catalogue that is too large to be scored whole: an index proposes, the ensemble decides.
+
+    The vectors of one member propose a shortlist, and members and rule score just these items, exactly. What the
+    rule normalises over (z-scores, ranks) is the shortlist instead of the catalogue, so orders may differ from those
+    of `RankingCore` over everything: `recall` of the two lists says by how much.
+    """
+
+    def __init__(self, core: RankingCore, proposer: str, index: ApproximateIndex, shortlist: int = 300) -> None:
+        """`proposer` is the member whose vectors `index` holds; ConfigError when it has no vectors of users."""
+        scorer = core.members.scorers[core.members.names.index(proposer)]
+        if not hasattr(scorer, "user"):
+            raise ConfigError(
+                f"'{proposer}' cannot propose: it has no vectors. Name a factorisation or content member."
+            )
+        self._user = tf.function(scorer.user, input_signature=[HISTORY_SPEC])
+        self._fused = tf.function(
+            lambda history, items: core.rule(*core.members.at(history, items)),
+            input_signature=[HISTORY_SPEC, tf.TensorSpec([None, None], tf.int32)],
+        )
+        self.index = index
+        self.shortlist = shortlist
+
+    def recommend(self, history: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items that are not in the history (int32 `[B, L]`, padded with -1): fused scores float32
+        `[B, k]`, descending, and item numbers int32 `[B, k]`; -inf and -1 where there are fewer."""
+        wanted = max(self.shortlist, k) + history.shape[1]
+        _, items = self.index.search(self._user(history).numpy(), wanted)
+        items = np.where((items[:, :, None] == history[:, None, :]).any(axis=2), PADDING, items).astype(np.int32)
+        scores = np.where(items >= 0, self._fused(history, items).numpy(), -np.inf)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(scores, order, axis=1)
+        return best, np.where(np.isfinite(best), np.take_along_axis(items, order, axis=1), PADDING)
 
 
 def exact_top(vectors: np.ndarray, queries: np.ndarray, k: int, block: int = 64) -> np.ndarray:

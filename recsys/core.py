@@ -40,14 +40,32 @@ class MemberScores(tf.Module):
 
     def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         scores = tf.stack([scorer(history) for scorer in self.scorers], axis=1)
-        return scores, self._mask(history)
+        # Of two truth values, because this is as large as the scores: a product of numbers takes five times as long.
+        return scores, self._answered(history)[:, :, None] & (self.speaks[None] > 0.0)
 
-    def _mask(self, history: tf.Tensor) -> tf.Tensor:
+    def at(self, history: tf.Tensor, items: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The same for some items of each user, int32 `[B, N]` padded with -1: scores and mask `[B, S, N]`.
+
+        Scorers that can leave the rest of the catalogue alone do.
+        """
+        numbers = tf.maximum(items, 0)
+        scores = tf.stack([scores_at(scorer, history, numbers) for scorer in self.scorers], axis=1)
+        speaks = tf.transpose(tf.gather(self.speaks, numbers, axis=1), [1, 0, 2]) > 0.0  # [B, S, N]
+        return scores, self._answered(history)[:, :, None] & speaks & (items >= 0)[:, None]
+
+    def _answered(self, history: tf.Tensor) -> tf.Tensor:
+        """bool `[B, S]`: who says anything about these histories."""
         padded = tf.concat([self.speaks, tf.zeros([len(self.names), 1])], axis=1)
         known = tf.gather(padded, padded_numbers(history, self.items), axis=1)  # [S, B, L]
-        answered = tf.transpose(tf.reduce_max(known, axis=2))  # [B, S]
         everyone = tf.constant([0.0 if personal else 1.0 for personal in self.personal])
-        return (tf.maximum(answered, everyone)[:, :, None] * self.speaks[None]) > 0.0
+        return tf.maximum(tf.transpose(tf.reduce_max(known, axis=2)), everyone) > 0.0
+
+
+def scores_at(scorer: tf.Module, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+    """Scores `[B, N]` of the items `[B, N]`, from the scorer's own `at` where it has one."""
+    if hasattr(scorer, "at"):
+        return scorer.at(history, items)
+    return tf.gather(scorer(history), items, batch_dims=1)
 
 
 class RankingCore(tf.Module):

@@ -7,7 +7,7 @@ never recommended by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,14 @@ from fusion.compat import tf
 from recsys.collaborative.base import PADDING
 from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.metrics import RankedLists, parse_metric
+from recsys.metrics.lists import ranks
+from recsys.retrieval import top_k
 from recsys.schema import HISTORY, TRAIN, VALIDATION, Interactions
 
 BLOCK_USERS = 128
 BLOCK_CELLS = 32_768
 """Users × history length of one block: neighbour members hold this many rows of their lists at a time."""
-SCORE_CELLS = 8_000_000
+SCORE_CELLS = 4_000_000
 """Users × systems × items of one block: its scores, of which several copies are held at a time."""
 
 
@@ -46,6 +48,13 @@ class Question:
     def users(self) -> np.ndarray:
         """Numbers of the users who have something relevant among the candidates."""
         return np.flatnonzero(np.diff(self.relevant.indptr) > 0)
+
+    def open_to(self, users: np.ndarray) -> np.ndarray:
+        """bool `[B, I]`: which candidates the users have not met yet."""
+        result = np.tile(self.candidates, (len(users), 1))
+        seen = self.seen[users]
+        result[np.repeat(np.arange(len(users)), np.diff(seen.indptr)), seen.indices] = False
+        return result
 
 
 def question(data: Interactions, parts: np.ndarray, part: int, *, held_out: bool = False) -> Question:
@@ -93,22 +102,45 @@ def history_rows(matrix: sparse.csr_matrix, users: np.ndarray) -> np.ndarray:
     return result
 
 
+def sample(asked: Question, most: int, seed: int = 0) -> Question:
+    """The same question to at most `most` of its users, drawn by `seed`; everything else stays as it is."""
+    users = asked.users
+    if len(users) <= most:
+        return asked
+    chosen = np.zeros(asked.relevant.shape[0], np.float32)
+    chosen[np.random.default_rng(seed).permutation(users)[:most]] = 1.0
+    relevant = (sparse.diags(chosen) @ asked.relevant).tocsr()
+    relevant.eliminate_zeros()
+    relevant.sort_indices()
+    return replace(asked, relevant=relevant)
+
+
 class Ranker:
-    """Ranks the candidates of a question by every member and every rule in one pass over the users."""
+    """Ranks the candidates of a question by every member and every rule in one pass over the users.
+
+    Scores, fusion and the choice of the best k are one graph over a block of users; what of a block stays are
+    its lists and ranks. Memory is bounded by the block, whatever the number of users.
+    """
 
     def __init__(self, members: MemberScores, rules: Mapping[str, Callable[..., Any]], k: int) -> None:
         self.members = members
         self.rules = dict(rules)
         self.names = [*members.names, *self.rules]
         self.k = k
-        self._score = tf.function(self._scores, input_signature=[HISTORY_SPEC])
+        self._rank = tf.function(
+            self._ranked, input_signature=[HISTORY_SPEC, tf.TensorSpec([None, members.items], tf.bool)]
+        )
 
-    def _scores(self, history: tf.Tensor) -> tf.Tensor:
-        """Scores of all systems `[B, members + rules, I]`; -inf where a system is silent."""
+    def _ranked(self, history: tf.Tensor, open_to: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The lists of all systems, int32 `[B, N, K]` padded with -1, and by system what they are sorted by:
+        scores `[B, I]`, -inf where the system is silent and where an item is no candidate."""
         scores, mask = self.members(history)
-        alone = tf.where(mask, scores, -np.inf)
-        fused = [rule(scores, mask) for rule in self.rules.values()]
-        return tf.concat([alone, *(f[:, None] for f in fused)], axis=1)
+        systems = list(zip(tf.unstack(scores, axis=1), tf.unstack(mask & open_to[:, None], axis=1), strict=True))
+        systems += [(rule(scores, mask), open_to) for rule in self.rules.values()]
+        keys = [tf.where(heard & tf.math.is_finite(said), said, -np.inf) for said, heard in systems]
+        best = [top_k(key, self.k) for key in keys]
+        lists = [tf.where(values > -np.inf, items, PADDING) for values, items in best]
+        return tf.stack(lists, axis=1), keys
 
     def __call__(self, asked: Question, on_block: Callable[[int], None] | None = None) -> Ranked:
         """Lists of `k` items for every user who has something relevant."""
@@ -116,13 +148,13 @@ class Ranker:
         order = []
         for users, history in blocks(asked.history, asked.users, len(self.names) * self.members.items):
             order.append(users)
-            scores = self._score(history).numpy()
-            open_to = asked.candidates & (asked.seen[users].toarray() == 0)
-            relevant = asked.relevant[users]
+            open_to = asked.open_to(users)
+            top, keys = self._rank(history, open_to)
+            relevant, counts = asked.relevant[users], open_to.sum(axis=1, dtype=np.int64)
+            indptr, indices = relevant.indptr.astype(np.int64), relevant.indices.astype(np.int64)
             for position, name in enumerate(self.names):
-                lists[name].append(
-                    RankedLists.from_scores(scores[:, position], open_to, relevant.indptr, relevant.indices, self.k)
-                )
+                places = ranks(np.asarray(memoryview(keys[position])), open_to, indptr, indices)  # without a copy
+                lists[name].append(RankedLists(top[:, position].numpy(), indptr, indices, places, counts))
             if on_block:
                 on_block(len(users))
         return Ranked(np.concatenate(order), {name: RankedLists.merge(parts) for name, parts in lists.items()})
@@ -149,11 +181,7 @@ class SingleScorer(MemberScores):
 
 def validator(asked: Question, metric: str, max_users: int = 1000) -> Callable[[tf.Module], dict[str, float]]:
     """Measures a scorer on validation users (at most `max_users`, the same in every epoch)."""
-    chosen = np.zeros(asked.relevant.shape[0], np.float32)
-    chosen[np.random.default_rng(0).permutation(asked.users)[:max_users]] = 1.0
-    relevant = (sparse.diags(chosen) @ asked.relevant).tocsr()
-    relevant.eliminate_zeros()
-    narrowed = Question(asked.history, asked.seen, relevant, asked.candidates)
+    narrowed = sample(asked, max_users)
     parsed = parse_metric(metric, "candidates")
 
     def measure(scorer: tf.Module) -> dict[str, float]:

@@ -25,7 +25,8 @@ from fusion.files import atomic_folder, write_atomically
 from fusion.types import Features
 from recsys.collaborative.base import PADDING
 from recsys.core import MemberScores, RankingCore
-from recsys.recommender import UNSCORED, ServedRecommender
+from recsys.examples import write_examples
+from recsys.recommender import UNSCORED, ServedRecommender, contents_of
 from recsys.run import PACKAGES
 from recsys.schema import ITEM_ID, TEST, TITLE, USER_ID
 
@@ -53,10 +54,10 @@ def export_recommender(task: RankingTask) -> Path:
     rule = chosen_rule(task)
     members = task.refitted()
     core = RankingCore(MemberScores(members), task.rules[rule])
-    encoders = {name: m.signatures()["embed_item"] for name, m in members.items() if m.signatures()}
+    contents = contents_of(members)
     history, seen = task.known()
     data, k_max = task.interactions, task.experiment.export.k_max
-    served = ServedRecommender(core, data.item_ids, data.user_ids, history, seen, k_max, encoders)
+    served = ServedRecommender(core, data.item_ids, data.user_ids, history, seen, k_max, contents)
 
     def write_others(folder: Path) -> Checks:
         table = data.catalogue[[c for c in data.catalogue.columns if c == TITLE]].copy()
@@ -64,6 +65,7 @@ def export_recommender(task: RankingTask) -> Path:
         write_atomically(folder / "items.parquet", table.to_parquet(index=False))
         users = pd.DataFrame({USER_ID: data.user_ids})
         write_atomically(folder / "users.parquet", users.to_parquet(index=False))
+        write_examples(folder, contents)
         return [_write_ranking_tflite(task, core, folder)] if task.experiment.export.tflite else []
 
     return _write_artifact(

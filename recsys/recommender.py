@@ -9,7 +9,9 @@ import numpy as np
 from scipy import sparse
 
 from fusion.compat import keras, tf
-from recsys.collaborative.base import PADDING, constant
+from fusion.errors import ConfigError
+from recsys.collaborative.base import PADDING, Member, constant
+from recsys.collaborative.content import Contents
 from recsys.core import RankingCore
 from recsys.retrieval import top_k
 
@@ -31,7 +33,8 @@ class ServedRecommender(tf.Module):
         history: `[U, I]` positives that the members score from.
         seen: `[U, I]` everything that is never recommended again.
         k_max: longest list that is returned.
-        encoders: functional models of content members by member name, exported as `embed_item_<member>`.
+        contents: what content members read, by name (`contents_of`): exported as `embed_item_<name>`, which embeds
+            a new item, and `search_<name>`, which finds items by an example.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class ServedRecommender(tf.Module):
         history: sparse.csr_matrix,
         seen: sparse.csr_matrix,
         k_max: int,
-        encoders: Mapping[str, keras.Model] | None = None,
+        contents: Mapping[str, Contents] | None = None,
     ) -> None:
         super().__init__()
         self.core = core
@@ -53,9 +56,20 @@ class ServedRecommender(tf.Module):
         self.user_table = _id_table(user_ids)
         self.history = _Rows(history, "history")
         self.seen = _Rows(seen, "seen")
-        self.encoders = {name: embed_function(encoder) for name, encoder in (encoders or {}).items()}
+        self.embed: dict[str, Any] = {}
+        self.search: dict[str, Any] = {}
         # Not the models: of these Keras would write every layer's functions as well, ten times as slowly.
-        self.encoder_variables = {name: encoder.variables for name, encoder in (encoders or {}).items()}
+        self.encoder_variables: dict[str, Any] = {}
+        shared: dict[Any, tuple[Any, list[tf.Variable]]] = {}
+        for name, content in (contents or {}).items():
+            key = content.encoder.fingerprint(), content.columns  # members that read alike are traced and written once
+            if key not in shared:
+                encoder, table = content.encoder.encoder(), constant(content.table.T, tf.float32, "search_table")
+                shared[key] = embed_function(encoder), [*encoder.variables, table]
+            self.embed[name], variables = shared[key]
+            silent = constant(np.where(content.available, 0.0, -np.inf), tf.float32, "search_silent")
+            self.search[name] = self._search_function(self.embed[name], variables[-1], silent)
+            self.encoder_variables[name] = [*variables, silent]
 
     def signatures(self) -> dict[str, Any]:
         """Concrete functions by signature name."""
@@ -64,8 +78,9 @@ class ServedRecommender(tf.Module):
             "recommend": self.recommend.get_concrete_function(),
             "similar_items": self.similar_items.get_concrete_function(),
         }
-        for name, encoder in self.encoders.items():
-            functions[f"embed_item_{name}"] = encoder.get_concrete_function()
+        for name in self.embed:
+            functions[f"embed_item_{name}"] = self.embed[name]
+            functions[f"search_{name}"] = self.search[name].get_concrete_function()
         return functions
 
     @tf.function(input_signature=[_ids("history", 2), _ids("candidates", 2)])
@@ -102,25 +117,38 @@ class ServedRecommender(tf.Module):
         restricted = tf.reduce_any(include != "", axis=1, keepdims=True)
         allowed = self._marked(self.item_table.lookup(include)) | ~restricted
         fused, contributions = self.core.explained(numbers)
-        answer = self._best(tf.where(hidden | ~allowed, -np.inf, fused), k)
-        shares = tf.gather(contributions, tf.maximum(answer.pop("numbers"), 0), axis=2, batch_dims=1)
-        empty = (answer["item_ids"] == "")[:, None, :]
-        return {
-            **answer,
-            "contributions": tf.where(empty, 0.0, shares),
-            "known_user": user >= 0,
-        }
+        answer = self._explained(tf.where(hidden | ~allowed, -np.inf, fused), contributions, k)
+        return {**answer, "known_user": user >= 0}
 
     @tf.function(input_signature=[_ids("item_id", 1), tf.TensorSpec([None], tf.int32, name="k")])
     def similar_items(self, item_id: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
-        """What the personal members would give to somebody who has taken just this item `[B, k_max]`."""
+        """Items like one item `[B, k_max]`, their scores, and each member's contribution `[B, S, k_max]`.
+
+        Similarity is what the personal members, fused, would give to somebody who has taken just this item. A cold
+        item is answered by the members that read content, an unknown one not at all, and no item is like itself.
+        """
         number = self.item_table.lookup(item_id)[:, None]
         scores, mask = self.core.members(number)
-        personal = tf.constant(self.core.members.personal)[None, :, None]
-        fused = self.core.rule(scores, mask & personal)
-        answer = self._best(tf.where(self._marked(number), -np.inf, fused), k)
-        answer.pop("numbers")
-        return answer
+        personal = mask & tf.constant(self.core.members.personal)[None, :, None]
+        contributions, _ = self.core.rule.contributions(scores, personal)
+        fused = self.core.rule(scores, personal)
+        return self._explained(tf.where(self._marked(number), -np.inf, fused), contributions, k)
+
+    def _search_function(self, embed: Any, table: tf.Variable, silent: tf.Variable) -> Any:
+        """`search_<name>`: an example, given as the encoder's named inputs, -> the k items nearest to it by the cosine
+        of their embeddings: `item_ids`, `scores` (the cosines) `[B, k_max]`. Exact; items without such content are
+        never found. `table` `[D, I]` has unit columns; `silent` `[I]` is -inf where an item has no content, else 0."""
+        specs = embed.structured_input_signature[1]
+
+        @tf.function(input_signature=[*specs.values(), tf.TensorSpec([None], tf.int32, name="k")])
+        def search(*values: tf.Tensor) -> dict[str, tf.Tensor]:
+            example = embed(**dict(zip(specs, values[:-1], strict=True)))["embedding"]
+            cosines = tf.matmul(tf.math.l2_normalize(example, axis=-1), table)
+            answer = self._best(cosines + silent, values[-1])
+            answer.pop("numbers")
+            return answer
+
+        return search
 
     def _once(self, numbers: tf.Tensor) -> tf.Tensor:
         """`[B, L]` with each number kept where it stands last and -1 elsewhere."""
@@ -141,6 +169,13 @@ class ServedRecommender(tf.Module):
         shape = tf.stack([tf.shape(numbers)[0], self.items + 1])
         counts = tf.scatter_nd(self._cells(numbers), tf.ones_like(numbers), shape)
         return counts[:, : self.items] > 0
+
+    def _explained(self, scores: tf.Tensor, contributions: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
+        """`_best` with each member's contribution to the returned items, 0 where there is none."""
+        answer = self._best(scores, k)
+        shares = tf.gather(contributions, tf.maximum(answer.pop("numbers"), 0), axis=2, batch_dims=1)
+        empty = (answer["item_ids"] == "")[:, None, :]
+        return {**answer, "contributions": tf.where(empty, 0.0, shares)}
 
     def _best(self, scores: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
         length = min(self.k_max, self.items)
@@ -181,13 +216,29 @@ def _id_table(ids: np.ndarray) -> tf.lookup.StaticHashTable:
     return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, numbers), default_value=PADDING)
 
 
+def contents_of(members: Mapping[str, Member]) -> dict[str, Contents]:
+    """What members read, by the name that signatures carry: the member's, or `<member>_<content>` where it has several.
+
+    Raises ConfigError when two of these names are the same.
+    """
+    found: dict[str, Contents] = {}
+    for member, fitted in members.items():
+        contents = fitted.contents()
+        for name, content in contents.items():
+            full = member if len(contents) == 1 else f"{member}_{name}"
+            if full in found:
+                raise ConfigError(
+                    f"names of signatures must differ; two contents are called '{full}'. Rename a member."
+                )
+            found[full] = content
+    return found
+
+
 def embed_function(encoder: keras.Model) -> Any:
-    """The encoder as a function of its named inputs, for the signature `embed_item_<member>`."""
+    """The encoder as a concrete function of its named inputs, for the signature `embed_item_<name>`."""
     names = [tensor.name.split(":")[0] for tensor in encoder.inputs]
-    specs = [tf.TensorSpec([None, *t.shape[1:]], t.dtype, name=n) for n, t in zip(names, encoder.inputs, strict=True)]
-
-    @tf.function(input_signature=specs)
-    def embed_item(*values: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"embedding": encoder(dict(zip(names, values, strict=True)), training=False)}
-
-    return embed_item
+    specs = {
+        n: tf.TensorSpec([None, *t.shape[1:]], t.dtype, name=n) for n, t in zip(names, encoder.inputs, strict=True)
+    }
+    embed = tf.function(lambda **values: {"embedding": encoder(values, training=False)})
+    return embed.get_concrete_function(**specs)

@@ -46,6 +46,9 @@ class SplitSettings(Settings):
     """Share of test, counted in the same way."""
     history: float = pydantic.Field(0.8, gt=0, lt=1)
     """For user_holdout: share of a held-out user's interactions that are known when answering."""
+    history_items: int | None = pydantic.Field(None, ge=1)
+    """For user_holdout, in place of `history`: so many of a held-out user's first positives are known when answering
+    (three clicks of somebody new), and all later ones are asked for."""
     seed: int = pydantic.Field(0, ge=0)
     """Seed of all that is decided by chance, ties in time included."""
 
@@ -63,7 +66,8 @@ def split(interactions: Interactions, settings: SplitSettings) -> np.ndarray:
     * `temporal_per_user`, `random`: of each user's positives the last (or a randomly chosen) share, rounded
       down but at least one, as RecBole counts; users with fewer than three positives stay in train.
     * `leave_last_out`: each user's last positive is test, the one before validation; the same exception.
-    * `user_holdout`: some users are held out; their earlier interactions are HISTORY, the later the target.
+    * `user_holdout`: some users are held out; their earlier interactions (a share, or a number) are HISTORY, the later
+      the target.
     * `item_holdout`: all interactions of some items are test, those of some others validation.
     * `given`: as the data say; without a validation part each user's last (without times: randomly chosen)
       positives in train become one.
@@ -213,9 +217,12 @@ def _held_out(ids: np.ndarray, eligible: np.ndarray, settings: SplitSettings, sa
 
 def _user_holdout(interactions: Interactions, settings: SplitSettings) -> np.ndarray:
     ranks = _ranks(interactions, interactions.timestamps, settings.seed)
-    # A user needs one positive to be known by and one to be asked for.
-    of_user = _held_out(interactions.user_ids, ranks.totals >= 2, settings, "users")
-    targets = np.maximum(1, np.floor(ranks.totals * (1 - settings.history) + 1e-9)).astype(np.int64)
+    # A user needs one positive (or as many as are asked for) to be known by, and one to be asked for.
+    of_user = _held_out(interactions.user_ids, ranks.totals > (settings.history_items or 1), settings, "users")
+    if settings.history_items:
+        targets = ranks.totals - settings.history_items
+    else:
+        targets = np.maximum(1, np.floor(ranks.totals * (1 - settings.history) + 1e-9)).astype(np.int64)
     parts: np.ndarray = of_user[interactions.users]
     is_target = (ranks.rank >= 0) & (ranks.from_end < targets[interactions.users])
     parts[(parts != TRAIN) & ~is_target] = HISTORY

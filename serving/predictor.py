@@ -127,6 +127,29 @@ class Predictor:
         )
         return {name: value if name == "known_user" else value[..., :k] for name, value in answer.items()}
 
+    def similar_items(self, item_ids: Sequence[str], k: int = 10) -> Arrays:
+        """The k items most like each of B items, and never the item itself; an unknown item is like nothing.
+
+        Returns `item_ids` `[B, k]` bytes (`b''` beyond the last), `scores` float32 `[B, k]`, `contributions` float32
+        `[B, S, k]`.
+        """
+        answer = self.predict("similar_items", {"item_id": list(item_ids), "k": np.full(len(item_ids), k, np.int64)})
+        return {name: value[..., :k] for name, value in answer.items()}
+
+    def search(self, name: str, inputs: Mapping[str, Any], k: int = 10) -> Arrays:
+        """The k items nearest to B examples by the cosine of the embeddings of `name` (a member that reads content).
+
+        Args:
+            name: the signature is `search_<name>`; UnknownSignature when the artifact has none.
+            inputs: the examples as the encoder's inputs, without `k` (`recsys.examples` makes them of text or images).
+            k: items per example.
+
+        Returns `item_ids` `[B, k]` bytes (`b''` beyond the last) and `scores` float32 `[B, k]`, the cosines.
+        """
+        rows = len(next(iter(inputs.values()), ()))
+        answer = self.predict(f"search_{name}", {**inputs, "k": np.full(rows, k, np.int64)})
+        return {output: value[..., :k] for output, value in answer.items()}
+
     @staticmethod
     def _rows(**lists: Sequence[Any] | None) -> int:
         lengths = {name: len(values) for name, values in lists.items() if values is not None}

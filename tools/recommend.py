@@ -1,4 +1,5 @@
-"""Answers from an exported artifact: the best items for a user, for a history, or for everybody."""
+"""Answers from an exported artifact: the best items for a user, for a history or for everybody, or items like an
+item, a sentence or a picture."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import cli
 EXAMPLES = """  python tools/recommend.py latest --user 42 -k 10
   python tools/recommend.py runs/quickstart/latest --history 318,296,593 --exclude 50
   python tools/recommend.py models/films/3 --all --out recs.parquet
+  python tools/recommend.py latest --like-text "a robot that falls in love"
+  python tools/recommend.py latest --like-image poster.jpg -k 5
 """
 
 
@@ -24,13 +27,19 @@ def main() -> int:
     parser.add_argument("--exclude", type=ids, default=[], metavar="ID,ID", help="items not to return")
     parser.add_argument("--include", type=ids, default=[], metavar="ID,ID", help="return only items of this list")
     parser.add_argument("-k", type=int, help="how many items (default: 10, or what the artifact allows)")
+    parser.add_argument("--like-item", metavar="ID", help="items like this one, instead of recommendations")
+    parser.add_argument("--like-text", metavar="TEXT", help="items whose text is nearest to this one")
+    parser.add_argument("--like-image", type=Path, metavar="FILE", help="items whose image is nearest to this one")
+    parser.add_argument("--member", metavar="NAME", help="whose embeddings --like-text or --like-image search")
     parser.add_argument("--all", action="store_true", help="for every user of the training data; needs --out")
     parser.add_argument("--out", type=Path, metavar="FILE.parquet", help="where --all writes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args()
-    if args.all == (args.user is not None or bool(args.history)) or args.all != (args.out is not None):
-        parser.error("give --user or --history, or --all with --out")
+    someone = args.user is not None or bool(args.history)
+    like_any = [value is not None for value in (args.like_item, args.like_text, args.like_image)]
+    if someone + sum(like_any) + args.all != 1 or args.all != (args.out is not None):
+        parser.error("give --user or --history, or one of --like-item, --like-text, --like-image, or --all with --out")
 
     import fusion.compat  # noqa: F401  (chooses Keras before TensorFlow is loaded)
     from fusion.errors import ConfigError, GateError
@@ -41,7 +50,8 @@ def main() -> int:
         folder = artifact(args.source)
         predictor = Predictor.load(folder)
         args.k = min(10, predictor.limits.k) if args.k is None else args.k
-        return everybody(args, predictor, folder) if args.all else one(args, predictor, folder)
+        answer = everybody if args.all else one if someone else like
+        return answer(args, predictor, folder)
     except (InvalidRequest, UnknownSignature) as error:
         raise ConfigError(str(error)) from error
     except ArtifactRefused as error:
@@ -86,23 +96,52 @@ def one(args: argparse.Namespace, predictor: Any, folder: Path) -> int:
         raise DataError(f"{who} known to {folder}; give items that they liked with --history ID,ID.")
     if args.user and not known:
         print(f"note: the user '{args.user}' is not known; answered from --history alone", file=sys.stderr)
-    rows = [
-        {
-            "rank": place + 1,
-            "item_id": item.decode(),
-            "title": titles.get(item.decode(), ""),
-            "score": float(answer["scores"][0, place]),
-            "contributions": dict(zip(predictor.members, answer["contributions"][0, :, place].tolist(), strict=True)),
-        }
-        for place, item in enumerate(answer["item_ids"][0])
-        if item
-    ]
-    if args.json:
-        result = {"artifact": str(folder), "user": args.user, "known_user": known, "items": rows}
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        print_table(rows, predictor.members)
+    rows = listed(answer, titles, predictor.members)
+    show(args, rows, predictor.members, artifact=str(folder), user=args.user, known_user=known)
     return 0
+
+
+def like(args: argparse.Namespace, predictor: Any, folder: Path) -> int:
+    """Prints the items like an item, or nearest to an example."""
+    from fusion.errors import DataError
+    from recsys.examples import Examples
+
+    titles = read_titles(folder)
+    if args.like_item is not None:
+        if args.like_item not in titles:
+            raise DataError(f"the item '{args.like_item}' is not in the catalogue of {folder}.")
+        rows = listed(predictor.similar_items([args.like_item], args.k), titles, predictor.members)
+        show(args, rows, predictor.members, artifact=str(folder), item=args.like_item)
+        return 0
+    examples = Examples(folder)
+    name = examples.choose("image" if args.like_image else "text", args.member)
+    inputs = examples.inputs(name, args.like_image or args.like_text)
+    rows = listed(predictor.search(name, inputs, args.k), titles, ())
+    show(args, rows, (), artifact=str(folder), searched=name)
+    return 0
+
+
+def listed(answer: dict[str, Any], titles: dict[str, str], members: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The items of the first row of an answer; contributions where `members` are given."""
+    rows = []
+    for place, item in enumerate(answer["item_ids"][0]):
+        if item:
+            name = item.decode()
+            score = float(answer["scores"][0, place])
+            row = {"rank": place + 1, "item_id": name, "title": titles.get(name, ""), "score": score}
+            if members:
+                shares = answer["contributions"][0, :, place].tolist()
+                row["contributions"] = dict(zip(members, shares, strict=True))
+            rows.append(row)
+    return rows
+
+
+def show(args: argparse.Namespace, rows: list[dict[str, Any]], members: tuple[str, ...], **facts: Any) -> None:
+    """Prints items as a table, or as JSON with the facts of the question."""
+    if args.json:
+        print(json.dumps({**facts, "items": rows}, ensure_ascii=False))
+    else:
+        print_table(rows, members)
 
 
 def print_table(rows: list[dict[str, Any]], members: tuple[str, ...]) -> None:

@@ -57,10 +57,15 @@ def speaking_candidates(scores: Any, mask: Any = None) -> Any:
     Constant scores are what a member gives that knows nothing, for instance about an empty history;
     their ranks would be the order of item numbers.
     """
+    return _voices(scores, mask)[0]
+
+
+def _voices(scores: Any, mask: Any) -> tuple[Any, tuple[Any, Any]]:
+    """`speaking_candidates`, and the range of what was said before those that score all alike were silenced."""
     speaks = speaking(scores, mask)
     low, high = _range(scores, speaks)
     largest = tf.maximum(tf.abs(low), tf.abs(high))
-    return tf.logical_and(speaks, high - low > FLAT * largest)
+    return tf.logical_and(speaks, high - low > FLAT * largest), (low, high)
 
 
 def silence(values: Any, speaks: Any) -> Any:
@@ -75,21 +80,25 @@ def _range(scores: Any, speaks: Any) -> tuple[Any, Any]:
     return low, high
 
 
-def standardise(scores: Any, speaks: Any) -> Any:
+def standardise(scores: Any, speaks: Any, bounds: tuple[Any, Any] | None = None) -> Any:
     """Z-scores of each member over the items that it speaks on, NaN elsewhere; population deviation.
 
     Scores are moved to [0, 1] first, so that squares neither overflow nor vanish in float32.
+
+    Args:
+        scores, speaks: `[B, S, C]`.
+        bounds: smallest and largest score of each member, `[B, S, 1]`, where they are known already.
     """
-    low, high = _range(scores, speaks)
+    low, high = _range(scores, speaks) if bounds is None else bounds
     varies = high > low
     low, width = tf.where(varies, low, 0.0), tf.where(varies, high - low, 1.0)
     count = tf.reduce_sum(tf.cast(speaks, tf.float32), axis=2, keepdims=True)
     count = tf.maximum(count, 1.0)
-    values = tf.where(speaks, (tf.where(speaks, scores, 0.0) - low) / width, 0.0)
+    values = (tf.where(speaks, scores, low) - low) / width
     mean = tf.reduce_sum(values, axis=2, keepdims=True) / count
     values = tf.where(speaks, values - mean, 0.0)
     variance = tf.reduce_sum(tf.square(values), axis=2, keepdims=True) / count
-    return silence(values / tf.sqrt(tf.where(varies, variance, 1.0)), speaks)
+    return silence(values / tf.sqrt(tf.where(variance > 0.0, variance, 1.0)), speaks)
 
 
 def list_length(scores: Any, top_n: int) -> Any:
@@ -110,9 +119,10 @@ def spread_by_rank(scores: Any, speaks: Any, points: Any) -> Any:
     rows, places = shape[0] * shape[1], tf.shape(points)[0]
     sortable = tf.reshape(tf.where(speaks, scores, -2.0 * LARGEST), [rows, shape[2]])
     best = tf.math.top_k(sortable, k=places).indices  # [B·S, N]
-    row = tf.broadcast_to(tf.range(rows)[:, tf.newaxis], [rows, places])
+    cells = best + tf.range(rows)[:, tf.newaxis] * shape[2]
     given = tf.broadcast_to(points[tf.newaxis, :], [rows, places])
-    spread = tf.scatter_nd(tf.stack([row, best], axis=2), given, [rows, shape[2]])
+    # Each cell is met once at most: these sums are a scatter, at a fifth of the time that scatter_nd takes.
+    spread = tf.math.unsorted_segment_sum(tf.reshape(given, [-1]), tf.reshape(cells, [-1]), rows * shape[2])
     return silence(tf.reshape(spread, shape), speaks)
 
 
@@ -154,14 +164,14 @@ def over_candidates(kind: Normalisation, scores: Any, mask: Any, top_n: int, tem
         top_n: places of a ranking (`rank`, `log_rank`).
         temperature: of the softmax (`softmax`).
     """
-    speaks = speaking_candidates(scores, mask)
+    speaks, bounds = _voices(scores, mask)
     if kind == "none":
         return silence(scores, speaks)
     if kind == "rank":
         return ranks(scores, speaks, top_n)
     if kind == "log_rank":
         return log_ranks(scores, speaks, top_n)
-    standardised = standardise(scores, speaks)
+    standardised = standardise(scores, speaks, bounds)
     return standardised if kind == "standardise" else log_softmax(standardised, speaks, temperature)
 
 

@@ -65,7 +65,9 @@ class TextTfidf(Submodel):
         svd = TruncatedSVD(
             min(self.config.dimensions, *vectors.shape), random_state=derive_seed(self.seed, "text_tfidf")
         )
-        self._vectorizer, self._components = vectorizer, svd.fit(vectors).components_.astype(np.float32)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of texts that are all equal no variance is explained
+            components = svd.fit(vectors).components_.astype(np.float32)
+        self._vectorizer, self._components = vectorizer, components
         self._encoder = None
 
     def prepare(self, values: Sequence[str], fixed_length: bool = False) -> Features:

@@ -101,8 +101,9 @@ class Member(abc.ABC):
     def scorer(self) -> tf.Module:
         """A module that maps histories int32 `[B, L]` (padded with -1) to scores float32 `[B, I]`."""
 
-    def signatures(self) -> dict[str, Any]:
-        """Functions that the artifact exports beside the scores (content members: `embed_item`)."""
+    def contents(self) -> dict[str, Any]:
+        """What the member read of the items, by name (`recsys.collaborative.content.Contents`): the artifact exports
+        the encoders, and searches what they made by example."""
         return {}
 
     @property
@@ -161,6 +162,10 @@ class EmbeddingScorer(tf.Module):
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
         return tf.matmul(self.user(history), self.item_table, transpose_b=True)
 
+    def at(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+        """Scores of some items alone, `[B, N]` for item numbers `[B, N]`."""
+        return products_at(self.user(history), self.item_table, items)
+
 
 def pool_history(rows: tf.Tensor, weights: tf.Tensor, *, unit: bool) -> tf.Tensor:
     """`[B, L, D]` and weights `[B, L]` -> `[B, D]`: the weighted sum over the root of the sum of squared weights
@@ -169,6 +174,37 @@ def pool_history(rows: tf.Tensor, weights: tf.Tensor, *, unit: bool) -> tf.Tenso
     if unit:
         return total * tf.math.rsqrt(tf.reduce_sum(total * total, axis=-1, keepdims=True) + 1e-12)
     return total * tf.math.rsqrt(tf.maximum(tf.reduce_sum(weights * weights, axis=1, keepdims=True), 1e-6))
+
+
+class LowRankScorer(tf.Module):
+    """Score = sum over the history of <history row, item row>: a product of histories with a matrix of low rank.
+
+    Unlike `EmbeddingScorer` it divides by nothing, so that its scores grow with the history as those of
+    `NeighbourScorer` do, beside which it can stand in a sum.
+    """
+
+    def __init__(self, history_table: np.ndarray, item_table: np.ndarray, decay: float = 1.0) -> None:
+        super().__init__()
+        self.history_table = constant(with_padding_row(history_table), tf.float32, "history_table")
+        self.item_table = constant(item_table, tf.float32, "item_table")
+        self.decay = decay
+
+    def user(self, history: tf.Tensor) -> tf.Tensor:
+        """User vectors `[B, D]`."""
+        rows = tf.gather(self.history_table, padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
+        return tf.reduce_sum(rows * recency(history, self.decay)[..., None], axis=1)
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(self.user(history), self.item_table, transpose_b=True)
+
+    def at(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+        """Scores of some items alone, `[B, N]` for item numbers `[B, N]`."""
+        return products_at(self.user(history), self.item_table, items)
+
+
+def products_at(users: tf.Tensor, item_table: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+    """Inner products of user vectors `[B, D]` with the rows `[B, N]` of a table."""
+    return tf.squeeze(tf.matmul(tf.gather(item_table, items), users[..., None]), -1)
 
 
 class ConstantScorer(tf.Module):

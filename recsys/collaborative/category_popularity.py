@@ -28,6 +28,8 @@ class CategoryPopularity(ConstantState, Member):
         """The column that holds an item's categories."""
         separator: str = Field("|", min_length=1)
         """What stands between two categories."""
+        prefix: int | None = Field(None, ge=1)
+        """How many characters of a category's name count: 2 makes B1 of the chess opening code B13; none takes all."""
 
     reads_content = True
 
@@ -36,7 +38,8 @@ class CategoryPopularity(ConstantState, Member):
             hint = nearest(self.config.column, data.catalogue.columns)
             raise DataError(f"category_popularity reads the column '{self.config.column}', which is not there: {hint}")
         texts = data.catalogue[self.config.column].fillna("").astype(str)
-        categories = [[part.strip() for part in text.split(self.config.separator) if part.strip()] for text in texts]
+        named = [[part.strip() for part in text.split(self.config.separator) if part.strip()] for text in texts]
+        categories = [[name[: self.config.prefix] for name in names] for names in named]
         means = _mean_counts(categories, data.counts)
         known = [[means[name] for name in names if name in means] for names in categories]
         self.scores = np.array([np.mean(np.log1p(values)) if values else 0.0 for values in known], np.float32)

@@ -1,12 +1,13 @@
 """Content members: an encoder reads an item's text or image, a scorer turns the history over it into a score.
 
-Three things make one: the encoder (exported as `embed_item`), a table of item embeddings made once, and a
-scorer trained with an in-batch softmax. A new item needs a row in the table and no training.
+Three things make one: the encoder (exported as `embed_item`), a table of item embeddings made once (searched by
+`search`), and a scorer trained with an in-batch softmax. A new item needs a row in the table and no training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,23 @@ from fusion.types import Features, History, RunOptions, derive_seed
 from recsys.collaborative.base import Decay, EmbeddingScorer, Member, TrainingData
 from recsys.collaborative.pairs import Pairs, in_batch_softmax, train_towers
 from recsys.schema import IMAGE
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an encoder made of the catalogue: what a new item is embedded by, and an example is compared with.
+
+    Attributes:
+        encoder: the submodel.
+        columns: the text columns that it read, joined in this order.
+        table: float32 `[I, D]`, embeddings scaled to unit length; rows of items without content are 0.
+        available: bool `[I]`: the items that have such content.
+    """
+
+    encoder: Any
+    columns: tuple[str, ...]
+    table: np.ndarray
+    available: np.ndarray
 
 
 class FineTuning(Settings):
@@ -77,12 +95,12 @@ class Content(Member):
             raise ConfigError("a text member must name its columns, as in 'columns: [title]'; received none.")
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
-        values, available = self._values(data)
+        values, available = read_content(self.encoder, self.config.columns, data)
         trained = data.counts > 0
         self.encoder.adapt([value for value, known in zip(values, available & trained, strict=True) if known])
         if not self.encoder.frozen:
             self._fine_tune(values, available, data, options)
-        self.table = self._embed(values, available, data, options)
+        self.table = embedding_table(self.encoder, values, available, data, options, options.directory.name)
         self.speaks = available
         if self.config.scorer == "cosine":
             self.tables = self.table, self.table
@@ -94,29 +112,6 @@ class Content(Member):
         history = train_towers(self.model, self._scorer_now, data, Pairs(matrix.tocsr()), self.config, options)
         self.tables = self._tables()
         return history
-
-    def _values(self, data: TrainingData) -> tuple[Any, np.ndarray]:
-        """The raw values of all items, and which items have any."""
-        if self.encoder.modality == "image":
-            from fusion.images import load_images
-
-            pixels, available, _ = load_images(
-                list(data.catalogue[IMAGE]), self.encoder.config.image_size, data.cache / "images"
-            )
-            return pixels, available
-        texts = join_columns(data.catalogue, self.config.columns)
-        return texts, np.array([bool(text) for text in texts])
-
-    def _embed(self, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions) -> np.ndarray:
-        from fusion.embeddings import embed
-
-        rows = np.flatnonzero(available)
-        chosen: Any = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
-        with progress(f"embed {options.directory.name}", len(rows), "items", quiet=options.quiet) as bar:
-            vectors = embed(self.encoder, chosen, data.cache / "embeddings", progress=reached(bar, len(rows)))
-        table = np.zeros((len(available), vectors.shape[1]), np.float32)
-        table[rows] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return table
 
     def _build(self, matrix: sparse.csr_matrix) -> keras.Model:
         """Two projections over the frozen table; they start equal, so that the first scores are cosines.
@@ -215,8 +210,36 @@ class Content(Member):
     def scorer(self) -> tf.Module:
         return EmbeddingScorer(*self.tables, unit=True, decay=self.config.decay)
 
-    def signatures(self) -> dict[str, Any]:
-        return {"embed_item": self.encoder.encoder()}
+    def contents(self) -> dict[str, Contents]:
+        return {"item": Contents(self.encoder, self.config.columns, self.table, self.speaks)}
+
+
+def read_content(encoder: Any, columns: Sequence[str], data: TrainingData) -> tuple[Any, np.ndarray]:
+    """The raw values of all items (texts, or uint8 `[I, H, W, 3]`), and which items have any, bool `[I]`."""
+    if encoder.modality == "image":
+        from fusion.images import load_images
+
+        pixels, available, _ = load_images(
+            list(data.catalogue[IMAGE]), encoder.config.image_size, data.cache / "images"
+        )
+        return pixels, available
+    texts = join_columns(data.catalogue, columns)
+    return texts, np.array([bool(text) for text in texts])
+
+
+def embedding_table(
+    encoder: Any, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions, name: str
+) -> np.ndarray:
+    """Embeddings of the available values, of unit length, float32 `[I, D]`, 0 for the others; kept in the cache."""
+    from fusion.embeddings import embed
+
+    rows = np.flatnonzero(available)
+    chosen: Any = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+    with progress(f"embed {name}", len(rows), "items", quiet=options.quiet) as bar:
+        vectors = embed(encoder, chosen, data.cache / "embeddings", progress=reached(bar, len(rows)))
+    table = np.zeros((len(available), vectors.shape[1]), np.float32)
+    table[rows] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return table
 
 
 def join_columns(table: Any, columns: Sequence[str]) -> list[str]:

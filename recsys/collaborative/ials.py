@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
 import numpy as np
 from pydantic import Field
 from scipy import sparse
+from threadpoolctl import ThreadpoolController
 
 from fusion.compat import tf
 from fusion.config import Settings
 from fusion.progress import progress
 from fusion.types import RunOptions
 from recsys.collaborative.base import (
+    PADDING,
     Member,
     TrainingData,
     constant,
     padded_numbers,
+    products_at,
     with_padding_row,
 )
 
-ROWS = 2048
-"""Users or items solved together: `ROWS × D × D` floats are held at a time."""
+BATCH_FLOATS = 2**19
+"""Numbers in the vectors that are gathered for one batch of rows: 2 MB, so that they stay in a core's cache."""
 
 
 class ImplicitALS(Member):
@@ -39,50 +47,40 @@ class ImplicitALS(Member):
         """Rounds over both sides."""
         unobserved_weight: float = Field(0.1, gt=0)
         """a0, the weight of every cell of the matrix."""
-        l2: float = Field(0.01, ge=0)
+        l2: float = Field(4.0, ge=0)
         """Strength of the penalty."""
-        frequency_scaling: float = Field(1.0, ge=0, le=1)
-        """Exponent of the frequency in the penalty: 0 the same for all, 1 proportional."""
+        frequency_scaling: float = Field(0.0, ge=0, le=1)
+        """Exponent of the frequency in the penalty: 0 the same for all, 1 proportional, when `l2` should be about
+        0.01. The frequency counts a0 times the whole other side, so that above 0 the best `l2` depends on the size of
+        the data; the defaults are good from 500 to 40,000 items."""
+        training_steps: int = Field(3, ge=1, le=256)
+        """Steps of conjugate gradients on every vector in an epoch, from where it was left by the epoch before."""
+        block_size: int | None = Field(None, ge=1, le=1024)
+        """Entries of a vector that are solved for exactly and together, one block after the other, instead of
+        improving all of them by conjugate gradients; `factors` solves every vector exactly."""
         conjugate_steps: int = Field(16, ge=1, le=256)
         """Steps of conjugate gradients when a history is folded in."""
 
+        def penalty(self, lengths: np.ndarray | tf.Tensor, others: int) -> np.ndarray | tf.Tensor:
+            """Strength of the penalty `[B]` on the vectors of rows that took `lengths` of `others` things."""
+            frequency = lengths + self.unobserved_weight * float(others)
+            return self.l2 * frequency**self.frequency_scaling
+
     def fit(self, data: TrainingData, options: RunOptions) -> None:
-        items = data.matrix.shape[1]
-        by_user, by_item = data.matrix.tocsr(), data.matrix.T.tocsr()
+        config, solver = self.config, Solver(self.config)
+        by_user, by_item = (batches(matrix, config.factors) for matrix in (data.matrix, data.matrix.T.tocsr()))
         random = np.random.default_rng(self.seed)
-        scale = 1.0 / np.sqrt(self.config.factors)
-        self.factors = random.normal(0, scale, (items, self.config.factors)).astype(np.float32)
-        with progress("ials", total=self.config.epochs, unit="epochs", quiet=options.quiet) as bar:
-            for _ in range(self.config.epochs):
-                user_factors = self._solve(by_user, self.factors)
-                self.factors = self._solve(by_item, user_factors)
+        shape = data.matrix.shape
+        items = random.normal(0, config.factors**-0.5, (shape[1], config.factors)).astype(np.float32)
+        users = np.zeros((shape[0], config.factors), np.float32)
+        with progress("ials", total=config.epochs, unit="epochs", quiet=options.quiet) as bar:
+            for _ in range(config.epochs):
+                users = solver.improved(by_user, users, items)
+                items = solver.improved(by_item, items, users)
                 bar.advance(1)
-        self.gram = self.config.unobserved_weight * self.factors.T @ self.factors
+        self.gram, axes = principal_axes(items, config.unobserved_weight)
+        self.factors = items @ axes
         self.speaks = data.counts > 0
-
-    def _solve(self, matrix: sparse.csr_matrix, other: np.ndarray) -> np.ndarray:
-        """The exact least-squares vectors of all rows of `matrix`, given the other side."""
-        gram = self.config.unobserved_weight * other.T @ other
-        result = np.zeros((matrix.shape[0], other.shape[1]), np.float32)
-        lengths = np.diff(matrix.indptr)
-        order = np.argsort(lengths, kind="stable")
-        order = order[lengths[order] > 0]
-        diagonal = np.arange(other.shape[1])
-        for start in range(0, len(order), ROWS):
-            rows = order[start : start + ROWS]
-            systems = np.repeat(gram[None], len(rows), axis=0)
-            targets = np.empty((len(rows), other.shape[1]), np.float32)
-            for position, row in enumerate(rows):
-                vectors = other[matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]]]
-                systems[position] += vectors.T @ vectors
-                targets[position] = vectors.sum(axis=0)
-            systems[:, diagonal, diagonal] += self._penalty(lengths[rows], len(other))[:, None]
-            result[rows] = np.linalg.solve(systems, targets[..., None])[..., 0]
-        return result
-
-    def _penalty(self, lengths: np.ndarray, others: int) -> np.ndarray:
-        frequency = lengths + self.config.unobserved_weight * others
-        return (self.config.l2 * frequency**self.config.frequency_scaling).astype(np.float32)
 
     def state(self) -> dict[str, np.ndarray]:
         return {"factors": self.factors, "gram": self.gram, "speaks": self.speaks}
@@ -92,6 +90,143 @@ class ImplicitALS(Member):
 
     def scorer(self) -> tf.Module:
         return _FoldIn(self.factors, self.gram, self.config)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of similar length: their numbers `[B]`, how much they took `[B]`, and what, `[B, L]` padded with -1."""
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    taken: np.ndarray
+
+
+def batches(matrix: sparse.csr_matrix, factors: int) -> list[Batch]:
+    """All rows that took something, in batches for vectors of length `factors`; the long ones first."""
+    return list(_batches(matrix, BATCH_FLOATS // factors))[::-1]
+
+
+def _batches(matrix: sparse.csr_matrix, cells: int) -> Iterator[Batch]:
+    lengths = np.diff(matrix.indptr)
+    order = np.argsort(lengths, kind="stable")
+    ascending = lengths[order]
+    start = int(np.searchsorted(ascending, 1))
+    while start < len(order):
+        stop = start + 1
+        # Rows are padded to the last and longest: as many as fill `cells` with its length.
+        reach = ascending[start : start + cells // ascending[start]]
+        stop = start + max(1, int((reach * np.arange(1, len(reach) + 1) <= cells).sum()))
+        rows = order[start:stop]
+        yield Batch(rows, lengths[rows], _padded(matrix, rows))
+        start = stop
+
+
+def _padded(matrix: sparse.csr_matrix, rows: np.ndarray) -> np.ndarray:
+    part = matrix[rows]
+    lengths = np.diff(part.indptr)
+    result = np.full((len(rows), lengths.max()), PADDING, np.int32)
+    result[np.arange(lengths.max()) < lengths[:, None]] = part.indices
+    return result
+
+
+class Solver:
+    """Improves the vectors of one side while those of the other stay.
+
+    Both sides are turned to the axes in which a0 sum_i h_i h_i' is diagonal, which changes no product <w, h>. What is
+    left of a row's D × D system is a diagonal and the L vectors of what the row took; no D × D system is formed, and
+    scaled by the diagonal it is the identity and L vectors more, on which conjugate gradients converge in few steps.
+    """
+
+    def __init__(self, config: ImplicitALS.Config) -> None:
+        self._config = config
+        self._threads = ThreadpoolController()
+
+    def improved(self, side: list[Batch], own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """The vectors `[N, D]` of all rows of a side, given what they were and the vectors of the other side.
+
+        Rows that are in no batch get zeros.
+        """
+        config = self._config
+        # The products of a batch are too small to be shared: each processor has batches of its own, and BLAS's
+        # threads, which would wait for work in a busy loop, are put aside.
+        with self._threads.limit(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            gram, axes = principal_axes(other, config.unobserved_weight)
+            start, table = own @ axes, with_padding_row(other @ axes)
+            result = np.zeros_like(own)
+
+            def improve(batch: Batch) -> None:
+                root = np.sqrt(gram + config.penalty(batch.lengths.astype(np.float32), len(other))[:, None])
+                vectors = np.take(table, batch.taken, axis=0, mode="wrap")  # [B, L, D]
+                vectors /= root[:, None]
+                scaled = (start[batch.rows] * root)[..., None]
+                result[batch.rows] = ridge(vectors, scaled, config)[..., 0] / root
+
+            list(pool.map(improve, side))
+            return result @ axes.T
+
+
+def principal_axes(vectors: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """The diagonal `[D]` of weight × V'V in its principal axes, and these axes as the columns of `[D, D]`."""
+    values, axes = np.linalg.eigh(weight * (vectors.T @ vectors).astype(np.float64))
+    # Rounding must leave nothing negative, and without a penalty nothing may be divided by zero.
+    return np.maximum(values, 1e-7 * values[-1] + 1e-30).astype(np.float32), axes.astype(np.float32)
+
+
+def ridge(vectors: np.ndarray, solution: np.ndarray, config: ImplicitALS.Config) -> np.ndarray:
+    """Improves solutions w of min |1 - V w|^2 + |w|^2, V float32 `[B, L, D]`, w `[B, D, 1]`, as the settings say."""
+    targets = np.ones((*vectors.shape[:2], 1), np.float32)
+    if config.block_size is None:
+        return _by_conjugate_gradients(vectors, targets, solution, config.training_steps)
+    return _by_blocks(vectors, targets, solution, config.block_size)
+
+
+def _by_conjugate_gradients(vectors: np.ndarray, targets: np.ndarray, solution: np.ndarray, steps: int) -> np.ndarray:
+    """Conjugate gradients on (V'V + I) w = V't (Hestenes & Stiefel 1952), each step two products with V."""
+    transposed = vectors.transpose(0, 2, 1)
+    residual = transposed @ (targets - vectors @ solution) - solution
+    direction, energy = residual.copy(), _squares(residual)
+    for _ in range(steps):
+        image = vectors @ direction
+        step = energy / (_squares(image) + _squares(direction) + 1e-20)
+        solution = solution + step * direction
+        residual -= step * (transposed @ image + direction)
+        before, energy = energy, _squares(residual)
+        direction *= energy / (before + 1e-20)
+        direction += residual
+    return solution
+
+
+def _squares(vectors: np.ndarray) -> np.ndarray:
+    """Squared lengths of `[B, N, 1]` -> `[B, 1, 1]`."""
+    return vectors.transpose(0, 2, 1) @ vectors
+
+
+def _by_blocks(vectors: np.ndarray, targets: np.ndarray, solution: np.ndarray, size: int) -> np.ndarray:
+    """One round over blocks of entries of w, each solved for what the others leave unexplained (iALS++, Rendle et al.
+    2021, algorithm 2; in these axes blocks have nothing in common but the residuals)."""
+    solution = solution.copy()
+    residual = targets - vectors @ solution
+    for first in range(0, vectors.shape[2], size):
+        block = slice(first, first + size)
+        part = np.ascontiguousarray(vectors[:, :, block])
+        residual += part @ solution[:, block]
+        solution[:, block] = _exact(part, residual)
+        residual -= part @ solution[:, block]
+    return solution
+
+
+def _exact(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """argmin |t - V w|^2 + |w|^2 from the smaller of two equal systems, L × L or D × D (Woodbury identity)."""
+    transposed = vectors.transpose(0, 2, 1)
+    if vectors.shape[1] <= vectors.shape[2]:
+        return transposed @ np.linalg.solve(_plus_identity(vectors @ transposed), targets)
+    return np.linalg.solve(_plus_identity(transposed @ vectors), transposed @ targets)
+
+
+def _plus_identity(systems: np.ndarray) -> np.ndarray:
+    numbers = np.arange(systems.shape[-1])
+    systems[:, numbers, numbers] += 1.0
+    return systems
 
 
 class _FoldIn(tf.Module):
@@ -104,37 +239,38 @@ class _FoldIn(tf.Module):
         self.config = config
 
     def user(self, history: tf.Tensor) -> tf.Tensor:
-        """User vectors `[B, D]`: conjugate gradients with a Jacobi preconditioner on (gram + H'H + l2 I) w = H'1."""
+        """User vectors `[B, D]`."""
         rows = tf.gather(self.history_table, padded_numbers(history, self.items))  # [B, L, D]
         length = tf.reduce_sum(tf.cast(history >= 0, tf.float32), axis=1)
-        frequency = length + self.config.unobserved_weight * float(self.items)
-        penalty = self.config.l2 * tf.pow(frequency, self.config.frequency_scaling)
-        system = tf.matmul(rows, rows, transpose_a=True) + self.gram  # [B, D, D]
-        system += penalty[:, None, None] * tf.eye(self.item_table.shape[1])
-        return conjugate_gradients(system, tf.reduce_sum(rows, axis=1), self.config.conjugate_steps)
+        diagonal = self.gram + self.config.penalty(length, self.items)[:, None]
+        return conjugate_gradients(rows, diagonal, self.config.conjugate_steps)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
         return tf.matmul(self.user(history), self.item_table, transpose_b=True)
 
+    def at(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+        """Scores of some items alone, `[B, N]` for item numbers `[B, N]`."""
+        return products_at(self.user(history), self.item_table, items)
 
-def conjugate_gradients(system: tf.Tensor, target: tf.Tensor, steps: int) -> tf.Tensor:
-    """Solves `[B, D, D] x = [B, D]` for symmetric positive definite systems (Hestenes & Stiefel 1952).
+
+def conjugate_gradients(rows: tf.Tensor, diagonal: tf.Tensor, steps: int) -> tf.Tensor:
+    """Solves (diagonal + H'H) w = H'1 for H `[B, L, D]` and a positive diagonal `[B, D]` -> w `[B, D]`
+    (Hestenes & Stiefel 1952, preconditioned by the diagonal; the D × D systems are never formed).
 
     The number of steps is fixed, so the graph has no loop that TFLite would have to run; a solved row keeps
     its solution, because the step lengths are guarded against division by zero.
     """
-    # TFLite has no operation that takes a diagonal.
-    inverse_diagonal = 1.0 / tf.reduce_sum(system * tf.eye(system.shape[-1]), axis=-1)
-    solution = tf.zeros_like(target)
-    residual = target
-    direction = inverse_diagonal * residual
+    solution = tf.zeros_like(diagonal)
+    residual = tf.reduce_sum(rows, axis=1)
+    direction = residual / diagonal
     energy = tf.reduce_sum(residual * direction, axis=-1, keepdims=True)
     for _ in range(steps):
-        image = tf.squeeze(tf.matmul(system, direction[..., None]), -1)
+        image = diagonal * direction
+        image += tf.squeeze(tf.matmul(rows, tf.matmul(rows, direction[..., None]), transpose_a=True), -1)
         step = energy / (tf.reduce_sum(direction * image, axis=-1, keepdims=True) + 1e-20)
         solution += step * direction
         residual -= step * image
-        preconditioned = inverse_diagonal * residual
+        preconditioned = residual / diagonal
         next_energy = tf.reduce_sum(residual * preconditioned, axis=-1, keepdims=True)
         direction = preconditioned + (next_energy / (energy + 1e-20)) * direction
         energy = next_energy

@@ -10,10 +10,10 @@ from scipy import sparse
 
 from fusion.config import Settings
 from fusion.types import RunOptions
-from recsys.collaborative.base import Decay, Member, NeighbourState, TrainingData, join_blocks, largest_by_row
+from recsys.collaborative.base import Decay, Member, NeighbourState, TrainingData
+from recsys.collaborative.neighbours import strongest_of_product
 
-BLOCK = 1024
-"""Rows of the item × item matrix that are dense at a time."""
+Weighting = Literal["cosine", "tfidf", "bm25"]
 
 
 class ItemKNN(NeighbourState, Member):
@@ -32,35 +32,31 @@ class ItemKNN(NeighbourState, Member):
         """Added to the denominator: pulls similarities that rest on few users toward zero."""
         decay: Decay = 1.0
         """What an item of a history counts in an answer, relative to the one taken after it."""
-        weighting: Literal["cosine", "tfidf", "bm25"] = "tfidf"
+        weighting: Weighting = "tfidf"
         """How much each user counts."""
 
     def fit(self, data: TrainingData, options: RunOptions) -> None:
-        vectors = _weigh(data.matrix, self.config.weighting).T.tocsr()  # [I, U]
-        norms = np.sqrt(np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel())
-        transposed = vectors.T.tocsr()
-        keep = min(self.config.neighbours, vectors.shape[0])
-        blocks = []
-        for start in range(0, vectors.shape[0], BLOCK):
-            rows = slice(start, min(start + BLOCK, vectors.shape[0]))
-            product = (vectors[rows] @ transposed).toarray()
-            product /= norms[rows, None] * norms[None, :] + self.config.shrinkage + 1e-12
-            product[np.arange(len(product)), np.arange(rows.start, rows.stop)] = (
-                0.0  # an item is no neighbour of itself
-            )
-            blocks.append(largest_by_row(product, keep))
-        self.index, self.weight, self.truncation = join_blocks(blocks)
+        matrix = data.matrix.astype(np.float32)
+        weights = rarity(np.diff(matrix.indptr), matrix.shape[1], self.config.weighting)
+        vectors = (sparse.diags(weights) @ matrix).tocsr()
+        by_item = vectors.T.tocsr()  # [I, U]
+        norms = np.sqrt(np.asarray(by_item.multiply(by_item).sum(axis=1)).ravel())
+
+        def similarity(rows: np.ndarray, columns: np.ndarray, products: np.ndarray) -> np.ndarray:
+            return products / (norms[rows] * norms[columns] + self.config.shrinkage + 1e-12)
+
+        self.index, self.weight, self.truncation = strongest_of_product(
+            by_item, vectors, self.config.neighbours, similarity
+        )
         self.speaks = data.counts > 0
 
 
-def _weigh(matrix: sparse.csr_matrix, weighting: str) -> sparse.csr_matrix:
-    """Users × items with each user's weight in place of 1."""
-    matrix = matrix.astype(np.float32)
+def rarity(degrees: np.ndarray, others: int, weighting: str) -> np.ndarray:
+    """What each user counts, float32, of whom `degrees` says how many of `others` items each took; or the reverse."""
     if weighting == "cosine":
-        return matrix
-    items = matrix.shape[1]
-    lengths = np.asarray(matrix.sum(axis=1)).ravel()
-    rarity = np.log1p(items / np.maximum(lengths, 1.0))
+        return np.ones(len(degrees), np.float32)
+    degrees = degrees.astype(np.float32)
+    rare = np.log1p(others / np.maximum(degrees, 1.0))
     if weighting == "bm25":  # Robertson & Zaragoza 2009, k1 = 1.2, b = 0.75; term frequency is 1
-        rarity *= 2.2 / (1.0 + 1.2 * (0.25 + 0.75 * lengths / max(lengths.mean(), 1e-9)))
-    return sparse.diags(rarity.astype(np.float32)) @ matrix
+        rare *= 2.2 / (1.0 + 1.2 * (0.25 + 0.75 * degrees / max(degrees.mean(), 1e-9)))
+    return rare.astype(np.float32)

@@ -1,9 +1,13 @@
-"""Matrix factorisation trained in Keras with the retrieval task of TensorFlow Recommenders."""
+"""Matrix factorisation trained in Keras: softmax with TensorFlow Recommenders, BPR, or hard negatives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import numpy as np
 from pydantic import Field
+from scipy import sparse
 
 from fusion.compat import keras, tf
 from fusion.config import Settings
@@ -15,18 +19,20 @@ from recsys.collaborative.base import (
     EmbeddingScorer,
     Member,
     TrainingData,
-    padded_numbers,
     pool_history,
     recency,
 )
-from recsys.collaborative.pairs import HistoryPairs, train_towers
+from recsys.collaborative.pairs import HistoryPairs, NegativePairs, Sampling, pairwise, train_towers
+from recsys.collaborative.svd import right_singular_vectors
+
+Tables = tuple[tf.Tensor, tf.Tensor]
+"""Vectors of items as parts of a history, and as candidates, each `[I, D]`."""
 
 
 class MatrixFactorization(Member):
     """Two embeddings an item: one as part of a history, one as a candidate (asymmetric factorisation, Koren 2008).
 
     The user's vector is pooled from the history, so there is no user table and nothing to learn for a new user.
-    Trained with an in-batch softmax with logQ correction.
     """
 
     class Config(Settings):
@@ -34,6 +40,16 @@ class MatrixFactorization(Member):
 
         factors: int = Field(64, ge=1, le=1024)
         """Length D of the vectors."""
+        loss: Literal["softmax", "bpr", "warp"] = "softmax"
+        """softmax: over the targets of the batch, corrected for how often they are drawn (logQ); bpr: each pair
+        against negatives of its own (Rendle et al. 2009); warp: against the hardest of them, weighted by the rank
+        that it points to (Weston et al. 2011)."""
+        negatives: int = Field(16, ge=1, le=1000)
+        """Negatives of a pair, for bpr and warp: items that its user did not take."""
+        sampling: Sampling = "uniform"
+        """How these are drawn: every item alike, or by popularity."""
+        init: Literal["random", "svd"] = "random"
+        """svd: both tables start as the item vectors of the truncated SVD of who took what."""
         max_history: int = Field(128, ge=1, le=4096)
         """Items of a history that training looks at; scoring looks at all of them."""
         dropout: float = Field(0.2, ge=0, lt=1)
@@ -48,43 +64,62 @@ class MatrixFactorization(Member):
         """The training loop."""
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
-        items = data.matrix.shape[1]
         with scope(options):
-            self.model = self._build(items)
+            self.model = self._build(data.matrix)
         self.speaks = data.counts > 0
-        pairs = HistoryPairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
-        history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
+        history = self._train(data, options)
         self.tables = self._tables()
         return history
 
-    def _build(self, items: int) -> keras.Model:
-        history = keras.Input((None,), dtype=tf.int32, name="history")
-        target = keras.Input((), dtype=tf.int32, name="target")
-        rows = self._embedding(items + 1, "history_table")(padded_numbers(history, items))
-        user = pool_history(rows, recency(history, 1.0), unit=False)
+    def _train(self, data: TrainingData, options: RunOptions) -> History:
+        config, seed = self.config, derive_seed(self.seed, "histories")
+        if config.loss == "softmax":
+            pairs = HistoryPairs(data.matrix, config.max_history, seed)
+            return train_towers(self.model, self._scorer_now, data, pairs, config, options)
+        drawn = NegativePairs(data.matrix, config.max_history, seed, config.negatives, config.sampling)
+        loss = pairwise(self.model, config.loss, data.matrix.shape[1])
+        return train_towers(self.model, self._scorer_now, data, drawn, config, options, loss)
+
+    def _build(self, matrix: sparse.csr_matrix) -> keras.Model:
+        vectors = _ItemVectors(
+            self._start(matrix, "history_table"),
+            self._start(matrix, "item_table"),
+            self._propagation(matrix),
+            keras.regularizers.L2(self.config.l2) if self.config.l2 else None,
+            name="vectors",
+        )
+        inputs = {
+            "history": keras.Input((None,), dtype=tf.int32, name="history"),
+            "target": keras.Input((), dtype=tf.int32, name="target"),
+        }
+        if self.config.loss != "softmax":
+            inputs["negatives"] = keras.Input((self.config.negatives,), dtype=tf.int32, name="negatives")
+        rows = vectors(inputs)
+        user = pool_history(rows.pop("history"), recency(inputs["history"], 1.0), unit=False)
         user = keras.layers.Dropout(
             self.config.dropout, rng_type="stateful", force_generator=True, seed=derive_seed(self.seed, "dropout")
         )(user)
-        item = self._embedding(items, "item_table")(target)
-        return keras.Model({"history": history, "target": target}, {"user": user, "item": item})
+        return keras.Model(inputs, {"user": user, "item": rows.pop("target"), **rows})
 
-    def _embedding(self, rows: int, name: str) -> keras.layers.Embedding:
-        deviation = 1.0 / np.sqrt(self.config.factors)
-        return keras.layers.Embedding(
-            rows,
-            self.config.factors,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=deviation, seed=derive_seed(self.seed, name)),
-            embeddings_regularizer=keras.regularizers.L2(self.config.l2) if self.config.l2 else None,
-            name=name,
-        )
+    def _start(self, matrix: sparse.csr_matrix, name: str) -> np.ndarray:
+        """The table `[I, D]` that training begins with: rows of length 1 in the mean, drawn or out of the SVD."""
+        items, factors = matrix.shape[1], self.config.factors
+        table = np.random.default_rng(derive_seed(self.seed, name)).normal(0.0, factors**-0.5, (items, factors))
+        if self.config.init == "svd":
+            vectors = right_singular_vectors(matrix, factors, derive_seed(self.seed, "svd"))
+            table[:, : vectors.shape[1]] = vectors * np.sqrt(items / vectors.shape[1])
+        return table.astype(np.float32)
+
+    def _propagation(self, matrix: sparse.csr_matrix) -> Callable[[tf.Tensor, tf.Tensor], Tables]:
+        """What is done to the two tables before rows are looked up in them: here, nothing."""
+        return lambda history, item: (history, item)
 
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
-        history = self.model.get_layer("history_table").get_weights()[0][:-1]
-        return history, self.model.get_layer("item_table").get_weights()[0]
+        history, item = self.model.get_layer("vectors").tables()
+        return np.asarray(history), np.asarray(item)
 
     def _scorer_now(self) -> tf.Module:
-        history, item = self._tables()
-        return EmbeddingScorer(history, item, unit=False, decay=self.config.decay)
+        return EmbeddingScorer(*self._tables(), unit=False, decay=self.config.decay)
 
     def state(self) -> dict[str, np.ndarray]:
         return {"history_table": self.tables[0], "item_table": self.tables[1], "speaks": self.speaks}
@@ -95,3 +130,35 @@ class MatrixFactorization(Member):
 
     def scorer(self) -> tf.Module:
         return EmbeddingScorer(*self.tables, unit=False, decay=self.config.decay)
+
+
+class _ItemVectors(keras.layers.Layer):
+    """Looks up item numbers in two tables that are learned: `history` in the first, all others in the second.
+
+    Padding reads some row; whoever pools a history, or weighs negatives, gives it no weight.
+    """
+
+    def __init__(
+        self,
+        history: np.ndarray,
+        item: np.ndarray,
+        propagation: Callable[[tf.Tensor, tf.Tensor], Tables],
+        regularizer: Any,
+        **names: Any,
+    ) -> None:
+        super().__init__(**names)
+        self.propagation = propagation
+        self.history, self.item = (
+            self.add_weight(name, table.shape, initializer=keras.initializers.Constant(table), regularizer=regularizer)
+            for name, table in (("history_table", history), ("item_table", item))
+        )
+
+    def tables(self) -> Tables:
+        return self.propagation(self.history, self.item)
+
+    def call(self, numbers: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        history, item = self.tables()
+        return {
+            name: tf.gather(history if name == "history" else item, tf.maximum(value, 0))
+            for name, value in numbers.items()
+        }

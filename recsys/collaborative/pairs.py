@@ -1,12 +1,14 @@
-"""Training pairs (history, next item) for members that are trained with an in-batch softmax.
+"""Training pairs (history, next item), and the losses for members that are trained on them.
 
 The history of a pair is what the user took, without the item that is to be predicted: the same shape of
-question that the member will be asked, so a visitor and a trained user are no different to it.
+question that the member will be asked, so a visitor and a trained user are no different to it. The negatives of a
+pair are the other targets of its batch (softmax), or items that its user never took (BPR, WARP).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, Protocol
 
 import numpy as np
 from scipy import sparse
@@ -15,6 +17,15 @@ from fusion.compat import keras, tf, tfrs
 from fusion.types import Features, History, RunOptions
 from recsys.collaborative.base import PADDING, TrainingData
 from recsys.metrics import parse_metric
+
+
+class PairSource(Protocol):
+    """Pairs that are gathered in batches by position; `target` and `probability` are always among them."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, positions: np.ndarray) -> Features:
+        """Named arrays with the leading axis b."""
 
 
 class Pairs:
@@ -54,6 +65,44 @@ class HistoryPairs(Pairs):
         return {"history": np.where(histories == batch["target"][:, None], PADDING, histories), **batch}
 
 
+Sampling = Literal["uniform", "popularity"]
+
+REDRAWS = 4
+"""Rounds in which negatives that the user took are drawn again; what is left then has no part in the loss."""
+
+
+class NegativePairs(HistoryPairs):
+    """Pairs with `negatives` int32 `[b, N]`: items that the user did not take, -1 where none was found.
+
+    They are drawn for each batch anew, so that a pair meets others in every epoch, and decided by the seed and the
+    rows of the batch, so that a run that was interrupted draws them again.
+    """
+
+    def __init__(
+        self, matrix: sparse.csr_matrix, max_history: int, seed: int, negatives: int, sampling: Sampling
+    ) -> None:
+        super().__init__(matrix, max_history, seed)
+        self.seed, self.count, self.items = seed, negatives, matrix.shape[1]
+        rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+        self.taken = np.sort(rows * self.items + matrix.indices)
+        # A negative is an entry of this list: each item once, or as often as it was taken.
+        self.source = (np.unique(matrix.indices) if sampling == "uniform" else matrix.indices).astype(np.int32)
+
+    def gather(self, positions: np.ndarray) -> Features:
+        random = np.random.default_rng([self.seed, len(positions), *positions[:8].tolist()])
+        users = np.repeat(self.users[positions], self.count)
+        negatives = np.full(len(users), PADDING, np.int32)
+        for _ in range(1 + REDRAWS):
+            missing = np.flatnonzero(negatives == PADDING)
+            drawn = self.source[random.integers(0, len(self.source), len(missing))]
+            negatives[missing] = np.where(self._took(users[missing], drawn), PADDING, drawn)
+        return {**super().gather(positions), "negatives": negatives.reshape(len(positions), self.count)}
+
+    def _took(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        cells = users.astype(np.int64) * self.items + items
+        return self.taken[np.minimum(np.searchsorted(self.taken, cells), len(self.taken) - 1)] == cells
+
+
 def padded_histories(matrix: sparse.csr_matrix, max_history: int, seed: int) -> np.ndarray:
     """Histories of all rows int32 `[U, L]`, padded with -1; of longer ones a fixed random part."""
     lengths = np.diff(matrix.indptr)
@@ -71,9 +120,11 @@ def padded_histories(matrix: sparse.csr_matrix, max_history: int, seed: int) -> 
     return result
 
 
-def in_batch_softmax(
-    model: keras.Model, temperature: float = 1.0, accidental_hits: bool = True
-) -> Callable[[dict[str, tf.Tensor]], tf.Tensor]:
+Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
+"""Takes a batch of pairs, returns the loss of each, `[b]`."""
+
+
+def in_batch_softmax(model: keras.Model, temperature: float = 1.0, accidental_hits: bool = True) -> Loss:
     """The loss `[b]` of TFRS's retrieval task: the other targets of the batch are the negatives, corrected for
     how often they are drawn (logQ, Yi et al. 2019) and without those that equal the target.
 
@@ -99,21 +150,53 @@ def in_batch_softmax(
     return loss
 
 
+PairwiseKind = Literal["bpr", "warp"]
+
+
+def pairwise(model: keras.Model, kind: PairwiseKind, items: int) -> Loss:
+    """The loss `[b]` of a pair against its own negatives; those of -1 do not count, and a pair without any costs 0.
+
+    bpr: the mean of -log sigmoid(positive - negative) (Rendle et al. 2009, "BPR", eq. 4).
+
+    warp: weight(rank) · max(0, 1 - positive + hardest negative), where rank is the share of negatives within the
+    margin, times the `items` of the catalogue, and weight(rank) = log(1 + rank), the sum of 1/n of WSABIE (Weston et
+    al. 2011, eq. 2) but for a constant. Where WSABIE draws negatives until one is within the margin, N are drawn.
+
+    `model` maps the batch, but for `probability`, to `user` `[b, D]`, `item` `[b, D]` and `negatives` `[b, N, D]`.
+    """
+
+    def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
+        vectors = model({name: value for name, value in batch.items() if name != "probability"}, training=True)
+        positive = tf.reduce_sum(vectors["user"] * vectors["item"], axis=-1, keepdims=True)
+        above = tf.squeeze(tf.matmul(vectors["negatives"], vectors["user"][..., None]), -1) - positive  # [b, N]
+        known = tf.cast(batch["negatives"] >= 0, tf.float32)
+        count = tf.maximum(tf.reduce_sum(known, axis=1), 1.0)
+        if kind == "bpr":
+            return tf.reduce_sum(tf.nn.softplus(above) * known, axis=1) / count
+        violation = tf.nn.relu(1.0 + above) * known
+        rank = tf.reduce_sum(tf.cast(violation > 0, tf.float32), axis=1) / count * float(items)
+        return tf.math.log1p(rank) * tf.reduce_max(violation, axis=1)
+
+    return loss
+
+
 def train_towers(
     model: keras.Model,
     scorer: Callable[[], tf.Module],
     data: TrainingData,
-    pairs: Pairs,
+    pairs: PairSource,
     config: object,
     options: RunOptions,
+    loss: Loss | None = None,
 ) -> History:
-    """Trains a pair of towers on `pairs`; after each epoch the scorer is measured on the validation users."""
+    """Trains a pair of towers on `pairs`, with an in-batch softmax unless `loss` is given; after each epoch the
+    scorer is measured on the validation users."""
     from fusion.training.trainer import fit  # the trainer is not needed where fitted members are only scored
 
     validate = data.validate
     return fit(
         model,
-        in_batch_softmax(model, config.temperature),  # type: ignore[attr-defined]
+        loss or in_batch_softmax(model, config.temperature),  # type: ignore[attr-defined]
         (len(pairs), pairs.gather),
         config.training,  # type: ignore[attr-defined]
         options,

@@ -8,17 +8,8 @@ from scipy import sparse
 
 from fusion.config import Settings
 from fusion.types import RunOptions
-from recsys.collaborative.base import (
-    Decay,
-    Member,
-    NeighbourState,
-    TrainingData,
-    join_blocks,
-    largest_by_row,
-)
-
-BLOCK = 1024
-"""Rows of the item × item matrix that are dense at a time."""
+from recsys.collaborative.base import Decay, Member, NeighbourState, TrainingData
+from recsys.collaborative.neighbours import strongest_of_rows
 
 
 class SequentialRules(NeighbourState, Member):
@@ -45,17 +36,14 @@ class SequentialRules(NeighbourState, Member):
         """How many followers of each item are kept."""
 
     def fit(self, data: TrainingData, options: RunOptions) -> None:
-        items = data.matrix.shape[1]
-        follows = self._follows(data.matrix)
         root = np.sqrt(data.counts.astype(np.float32))
-        keep = min(self.config.neighbours, items)
-        blocks = []
-        for start in range(0, items, BLOCK):
-            rows = slice(start, min(start + BLOCK, items))
-            block = follows[rows].toarray()
-            block /= root[rows, None] * root[None, :] + self.config.shrinkage + 1e-12
-            blocks.append(largest_by_row(block, keep))
-        self.index, self.weight, self.truncation = join_blocks(blocks)
+
+        def normalised(rows: np.ndarray, columns: np.ndarray, sums: np.ndarray) -> np.ndarray:
+            return sums / (root[rows] * root[columns] + self.config.shrinkage + 1e-12)
+
+        self.index, self.weight, self.truncation = strongest_of_rows(
+            self._follows(data.matrix), self.config.neighbours, normalised
+        )
         self.speaks = data.counts > 0
 
     def _follows(self, matrix: sparse.csr_matrix) -> sparse.csr_matrix:

@@ -15,6 +15,7 @@ READERS = Registry(
         "movielens": "recsys.datasets.movielens:MovieLens",
         "movielens_package": "recsys.datasets.movielens:MovieLensPackage",
         "recbole": "recsys.datasets.recbole:RecBole",
+        "lightgcn": "recsys.datasets.lightgcn:LightGCN",
         "sklearn_digits": "recsys.datasets.digits:Digits",
         "planted": "recsys.datasets.planted:Planted",
         "long_tail": "recsys.datasets.long_tail:LongTail",

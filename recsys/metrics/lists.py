@@ -183,25 +183,44 @@ class RankedLists:
         Equal scores are ordered by item number, the lower one first, as `tf.math.top_k` does. A candidate
         without a finite score (nothing spoke about it) is not listed, and ranks after all others.
         """
-        keys = _sortable(scores, candidates)
+        keys = np.where(np.isfinite(scores) & candidates, scores, -np.inf)
         relevant_indptr = np.asarray(relevant_indptr, np.int64)
         relevant_indices = np.asarray(relevant_indices, np.int64)
-        rows = np.repeat(np.arange(len(scores)), np.diff(relevant_indptr))
         return cls(
             top=_top(keys, k),
             relevant_indptr=relevant_indptr,
             relevant_indices=relevant_indices,
-            ranks=_ranks(keys, rows, relevant_indices),
+            ranks=ranks(keys, candidates, relevant_indptr, relevant_indices),
             candidates=candidates.sum(axis=1, dtype=np.int64),
         )
 
 
-def _sortable(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """A copy in which only the items that are no candidates have -inf and nothing is NaN."""
-    keys = np.array(scores, copy=True)
-    keys[~np.isfinite(keys)] = np.finfo(keys.dtype).min
-    keys[~candidates] = -np.inf
-    return keys
+def ranks(keys: np.ndarray, candidates: np.ndarray, indptr: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """1-based rank of each (row, item) among the candidates of its row, int64 `[nnz]`; 0 where it is none.
+
+    Counting what stands above a few items is cheaper than sorting the whole catalogue, and comparing one row at
+    a time is cheaper than gathering rows.
+
+    Args:
+        keys: float `[U, I]`, -inf where an item is no candidate or nothing was said about it.
+        candidates: bool `[U, I]`.
+        indptr, indices: the items asked for, as in `RankedLists`.
+    """
+    result = np.zeros(len(indices), np.int64)
+    rows = np.repeat(np.arange(len(keys)), np.diff(indptr))
+    for place, (row, item) in enumerate(zip(rows.tolist(), np.asarray(indices).tolist(), strict=True)):
+        if candidates[row, item]:
+            result[place] = 1 + _before(keys[row], candidates[row], item)
+    return result
+
+
+def _before(keys: np.ndarray, candidates: np.ndarray, item: int) -> int:
+    """How many candidates stand before `item`: larger keys, lower numbers of equal ones, the silent ones last."""
+    own = keys[item]
+    if own == -np.inf:
+        spoken = int(np.count_nonzero(keys > own))
+        return spoken + int(np.count_nonzero(candidates[:item] & (keys[:item] == own)))
+    return int(np.count_nonzero(keys[:item] >= own) + np.count_nonzero(keys[item + 1 :] > own))
 
 
 def _top(keys: np.ndarray, k: int) -> np.ndarray:
@@ -218,22 +237,6 @@ def _top(keys: np.ndarray, k: int) -> np.ndarray:
         columns = np.nonzero(chosen)[1].reshape(len(block), width)
         values = np.take_along_axis(block, columns, axis=1)
         order = np.argsort(-values, axis=1, kind="stable")
-        silent = np.take_along_axis(values, order, axis=1) <= np.finfo(keys.dtype).min
+        silent = np.take_along_axis(values, order, axis=1) == -np.inf
         top[part, :width] = np.where(silent, -1, np.take_along_axis(columns, order, axis=1))
     return top
-
-
-def _ranks(keys: np.ndarray, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """1-based rank of each (row, item) in its row, int64 `[nnz]`; 0 where the item is no candidate.
-
-    Counting what stands above a few relevant items is cheaper than sorting the whole catalogue.
-    """
-    ranks = np.zeros(len(rows), np.int64)
-    numbers = np.arange(keys.shape[1])
-    for part in blocks(len(rows), bytes_per_row=keys.shape[1] * (keys.itemsize + 2)):
-        block = keys[rows[part]]
-        own = keys[rows[part], items[part]][:, None]
-        above = np.count_nonzero(block > own, axis=1)
-        tied_before = np.count_nonzero((block == own) & (numbers < items[part, None]), axis=1)
-        ranks[part] = np.where(own[:, 0] == -np.inf, 0, 1 + above + tied_before)
-    return ranks

@@ -23,9 +23,9 @@ from fusion.export.manifest import Manifest, write_manifest
 from fusion.files import load_arrays, save_arrays
 from fusion.types import RunOptions
 from leaks import State, assert_fitted_on_train_only
-from recsys.collaborative import MEMBERS
+from recsys.collaborative import MEMBERS, ials
 from recsys.collaborative.base import PADDING, Member, TrainingData, largest_by_row, padded_numbers
-from recsys.collaborative.ials import conjugate_gradients
+from recsys.collaborative.ials import ImplicitALS, Solver, batches, conjugate_gradients, ridge
 from recsys.collaborative.pairs import HistoryPairs, in_batch_softmax
 from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.evaluation import question
@@ -33,15 +33,34 @@ from recsys.schema import TEST, Interactions
 from worlds import World, fitted, member_part, ndcg, random_ndcg, training_data
 
 TOWERS = {"epochs": 5, "batch_size": 128, "learning_rate": 0.02}
+TOWER_FEATURES = {
+    "content": {"text": {"encoder": {"kind": "text_tfidf", "dimensions": 16}, "columns": ["text"], "dimensions": 16}}
+}
 TINY: dict[str, list[dict[str, Any]]] = {
     "popularity": [{}],
     "category_popularity": [{"column": "text", "separator": " "}],
     "random_order": [{}],
     "item_knn": [{"neighbours": 20, "shrinkage": 1.0}],
-    "ease": [{"l2": 20.0, "neighbours": 40}],
+    "user_knn": [{"neighbours": 20, "shrinkage": 1.0, "users_per_item": 40}],
+    "rp3beta": [{"neighbours": 20}],
+    "pure_svd": [{"rank": 8}],
+    "spectral_filter": [{"neighbours": 20, "rank": 8}],
+    "ease": [{"l2": 20.0, "neighbours": 40}, {"l2": 20.0, "neighbours": 40, "solver": "sparse", "candidates": 40}],
+    "slim": [{"l1": 0.5, "l2": 5.0, "candidates": 40, "neighbours": 40}],
     "ials": [{"factors": 8, "epochs": 5}],
     "sequential_rules": [{"neighbours": 30, "shrinkage": 1.0}],
-    "matrix_factorization": [{"factors": 8, "training": TOWERS}],
+    "matrix_factorization": [
+        {"factors": 8, "training": TOWERS},
+        {"factors": 8, "training": TOWERS, "loss": "warp", "init": "svd"},
+    ],
+    "light_gcn": [{"factors": 8, "training": TOWERS}],
+    "node2vec": [{"factors": 8, "walks": 4, "training": {**TOWERS, "batch_size": 512}}],
+    "mult_vae": [
+        {"hidden": 32, "latent": 16, "anneal_epochs": 5, "training": {**TOWERS, "epochs": 20}},
+        {"hidden": 32, "latent": 16, "variational": False, "training": {**TOWERS, "epochs": 20}},
+    ],
+    "gru4rec": [{"dimensions": 16, "max_history": 5, "training": {**TOWERS, "epochs": 20}}],
+    "sasrec": [{"dimensions": 16, "max_history": 5, "training": {**TOWERS, "epochs": 20}}],
     "content": [
         {"columns": ["text"], "encoder": {"kind": "text_tfidf", "dimensions": 16}, "dimensions": 8, "training": TOWERS},
         {
@@ -51,12 +70,43 @@ TINY: dict[str, list[dict[str, Any]]] = {
             "fine_tuning": {"pairs": 1024, "training": {"epochs": 2, "batch_size": 32, "learning_rate": 0.01}},
         },
     ],
+    "content_regression": [
+        {
+            "base": {"kind": "ials", "factors": 8, "epochs": 5},
+            "content": {"text": {"columns": ["text"], "encoder": {"kind": "text_tfidf", "dimensions": 16}}},
+        }
+    ],
+    "two_tower": [
+        {"features": TOWER_FEATURES, "dimensions": 16, "hidden": [16], "interests": 2, "training": TOWERS},
+    ],
+    "dcn": [
+        {
+            "towers": {"features": TOWER_FEATURES, "dimensions": 16, "hidden": [], "training": {**TOWERS, "epochs": 3}},
+            "shortlist": 30,
+            "rank": 8,
+            "hidden": [16],
+            "training": {**TOWERS, "epochs": 2, "learning_rate": 0.003},
+        }
+    ],
 }
 """Settings of each kind that fit in about a second; several where a kind has several ways to be built."""
 
-READS_ORDER = {"sequential_rules"}
+READS_ORDER = {"sequential_rules", "gru4rec", "sasrec"}
 """Members to which the order of a history matters whatever their `decay`."""
-DRAWN = {"random_order", "ials", "matrix_factorization", "content"}
+DRAWN = {
+    "random_order",
+    "ials",
+    "matrix_factorization",
+    "light_gcn",
+    "node2vec",
+    "content",
+    "content_regression",
+    "two_tower",
+    "dcn",
+    "mult_vae",
+    "gru4rec",
+    "sasrec",
+}
 """Members that the seed decides about."""
 
 
@@ -224,13 +274,16 @@ def test_fitted_on_train_only(settings: dict[str, Any], tmp_path: Path) -> None:
         pytest.skip("it is fitted on nothing")
     where, quick = world(strategy="item_holdout"), quickly(settings)
     trained, reads_content = where.warm, MEMBERS[settings["kind"]].reads_content
-    by_item = {"embeddings", "history_table", "item_table", "scores", "speaks"}
+    by_item = {"available", "embeddings", "factors", "history_table", "item_table", "scores", "speaks"}
     number = iter(range(3))
 
     def fit(data: Interactions, parts: np.ndarray) -> State:
         folder = tmp_path / str(next(number))
         state = fitted(quick, training_data(data, parts, folder / "cache", validate=True), folder).state()
-        return {n: array[trained] if reads_content and n in by_item else array for n, array in state.items()}
+        return {
+            n: array[trained] if reads_content and n.rpartition("/")[2] in by_item else array
+            for n, array in state.items()
+        }
 
     assert_fitted_on_train_only(fit, where.data, where.parts)
 
@@ -318,7 +371,7 @@ class TestEase:
         """Beyond 1.5 GB it says so before it asks the machine for anything."""
         empty = sparse.csr_matrix(shape, dtype=np.float32)
         with pytest.raises(MachineError, match=r"must fit into 1\.5 GB.*need \d+\.\d GB"):
-            of_matrix(empty, tmp_path, {"kind": "ease", "neighbours": neighbours})
+            of_matrix(empty, tmp_path, {"kind": "ease", "solver": "dense", "neighbours": neighbours})
 
 
 class TestItemKnn:
@@ -378,38 +431,82 @@ class TestImplicitALS:
             found = member.scorer().user(tf.constant(taken[None].astype(np.int32))).numpy()[0]
             assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
 
-    def test_a_round_never_raises_the_objective(self, tmp_path: Path) -> None:
-        losses = []
-        for epochs in (1, 2, 4, 8):
-            config = {"kind": "ials", "factors": 8, "epochs": epochs, "l2": 0.01}
-            losses.append(objective(fitted(config, world().training(tmp_path), tmp_path), world().training(tmp_path)))
-        assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
+    @pytest.mark.parametrize("solver", [{}, {"training_steps": 1}, {"block_size": 3}, {"block_size": 8}], ids=str)
+    def test_a_round_never_raises_the_objective(self, solver: dict[str, Any], tmp_path: Path) -> None:
+        """Neither half of it, whether vectors are solved exactly, in blocks, or by a few conjugate gradients."""
+        config = ImplicitALS.Config(factors=8, l2=0.01, **solver)
+        taken = world().training(tmp_path).matrix
+        sides = [batches(matrix, 8) for matrix in (taken, taken.T.tocsr())]
+        vectors = [
+            np.random.default_rng(n).normal(0, 0.4, (size, 8)).astype(np.float32) for n, size in enumerate(taken.shape)
+        ]
+        for n, side in enumerate(sides):  # who took nothing has zeros from the start
+            vectors[n][np.setdiff1d(np.arange(taken.shape[n]), np.concatenate([batch.rows for batch in side]))] = 0
+        losses = [objective(*vectors, taken, config)]
+        for half in range(16):
+            side = half % 2
+            vectors[side] = Solver(config).improved(sides[side], vectors[side], vectors[1 - side])
+            losses.append(objective(*vectors, taken, config))
+        assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses))
+        assert losses[-1] < 0.5 * losses[0]
+
+    @pytest.mark.parametrize("length", [3, 40], ids=["fewer items than factors", "more"])
+    def test_both_solvers_end_at_the_least_squares(self, length: int) -> None:
+        """min |1 - V w|^2 + |w|^2, against numpy in float64."""
+        vectors = np.random.default_rng(0).normal(size=(5, length, 12)).astype(np.float32)
+        exact = np.linalg.solve(
+            vectors.transpose(0, 2, 1).astype(np.float64) @ vectors + np.eye(12), vectors.sum(axis=1)[..., None]
+        )
+
+        def distance(rounds: int = 1, **settings: Any) -> float:
+            solution = np.full((5, 12, 1), 0.3, np.float32)
+            for _ in range(rounds):
+                solution = ridge(vectors, solution, ImplicitALS.Config(factors=12, **settings))
+            return float(np.abs(solution - exact).max())
+
+        assert distance(block_size=12) < 1e-5 and distance(block_size=100) < 1e-5, "one block is the exact solution"
+        assert distance(training_steps=12) < 1e-5
+        by_blocks, by_steps = (
+            [distance(n, block_size=5) for n in (1, 4, 60)],
+            [distance(training_steps=n) for n in (1, 3, 6)],
+        )
+        for distances in (by_blocks, by_steps):
+            assert distances[0] > distances[1] > distances[2]
+        assert by_blocks[2] < 1e-4
+
+    def test_batches_hold_every_row_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ials, "BATCH_FLOATS", 64)
+        matrix = random_matrix(50, 30)
+        matrix = sparse.vstack([matrix, sparse.csr_matrix((1, 30), dtype=np.float32)]).tocsr()  # one took nothing
+        found = batches(matrix, 4)
+        assert sorted(np.concatenate([batch.rows for batch in found])) == list(range(50))
+        for batch in found:
+            assert batch.taken.size <= 16 or len(batch.rows) == 1
+            for row, length, taken in zip(batch.rows, batch.lengths, batch.taken, strict=True):
+                assert taken[:length].tolist() == matrix[row].indices.tolist() and (taken[length:] == PADDING).all()
 
     def test_conjugate_gradients_converge(self) -> None:
         random = np.random.default_rng(0)
-        roots = random.normal(size=(3, 30, 12)).astype(np.float32)
-        systems = roots.transpose(0, 2, 1) @ roots + 0.5 * np.eye(12, dtype=np.float32)
-        targets = random.normal(size=(3, 12)).astype(np.float32)
-        targets[2] = 0.0  # an empty history
-        exact = np.linalg.solve(systems.astype(np.float64), targets[..., None])[..., 0]
-        solve = lambda steps: conjugate_gradients(tf.constant(systems), tf.constant(targets), steps).numpy()  # noqa: E731
-        distances = [np.abs(solve(steps) - exact).max() for steps in (1, 4, 12)]
-        assert distances[0] > 5 * distances[1] > 500 * distances[2] and distances[2] < 1e-5
+        rows = random.normal(size=(3, 30, 12)).astype(np.float32)
+        rows[2] = 0.0  # an empty history
+        diagonal = random.uniform(0.5, 20, (3, 12)).astype(np.float32)
+        systems = rows.transpose(0, 2, 1).astype(np.float64) @ rows + diagonal[:, None] * np.eye(12)
+        exact = np.linalg.solve(systems, rows.sum(axis=1)[..., None])[..., 0]
+        solve = lambda steps: conjugate_gradients(tf.constant(rows), tf.constant(diagonal), steps).numpy()  # noqa: E731
+        distances = [np.abs(solve(steps) - exact).max() for steps in (1, 4, 16)]
+        assert distances[0] > 3 * distances[1] > 300 * distances[2] and distances[2] < 1e-5
         np.testing.assert_allclose(solve(60), exact, atol=1e-5)  # steps too many do no harm
-        assert (solve(12)[2] == 0).all()
+        assert (solve(16)[2] == 0).all()
 
 
-def objective(member: Any, data: TrainingData) -> float:
-    """The loss of iALS with the best user vectors for the member's item vectors."""
-    users = member._solve(data.matrix, member.factors).astype(np.float64)
-    predicted = users @ member.factors.T.astype(np.float64)
-    taken = data.matrix.toarray() > 0
-    config = member.config
-    penalty = 0.0
-    for vectors, counts, others in ((users, taken.sum(1), taken.shape[1]), (member.factors, taken.sum(0), len(users))):
+def objective(users: np.ndarray, items: np.ndarray, matrix: sparse.csr_matrix, config: Any) -> float:
+    """The loss of iALS, eq. 3 and 5 of Rendle et al. 2022."""
+    predicted, taken = users.astype(np.float64) @ items.T.astype(np.float64), matrix.toarray() > 0
+    loss = ((1 - predicted[taken]) ** 2).sum() + config.unobserved_weight * (predicted**2).sum()
+    for vectors, counts, others in ((users, taken.sum(1), len(items)), (items, taken.sum(0), len(users))):
         weight = (counts + config.unobserved_weight * others) ** config.frequency_scaling
-        penalty += config.l2 * float((weight[:, None] * vectors**2).sum())
-    return float(((1 - predicted[taken]) ** 2).sum() + config.unobserved_weight * (predicted**2).sum()) + penalty
+        loss += config.l2 * (weight[:, None] * vectors.astype(np.float64) ** 2).sum()
+    return float(loss)
 
 
 @every_kind
@@ -532,7 +629,7 @@ class TestContent:
 
     def test_the_encoder_is_exported_and_makes_the_table(self, tmp_path: Path) -> None:
         member: Any = fitted({"kind": "content", **TINY["content"][0]}, world().training(tmp_path), tmp_path)
-        encoder = member.signatures()["embed_item"]
+        encoder = member.contents()["item"].encoder.encoder()
         texts = list(world().data.catalogue["text"][:4])
         np.testing.assert_allclose(encoder(member.encoder.prepare(texts)), member.table[:4], rtol=1e-4, atol=1e-5)
 

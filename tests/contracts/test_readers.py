@@ -33,11 +33,18 @@ def _recbole(path: Path) -> dict[str, Any]:
     return {"path": str(path), "name": "toy"}
 
 
+def _lightgcn(path: Path) -> dict[str, Any]:
+    (path / "train.txt").write_text("0 10 11\n1 10\n")
+    (path / "test.txt").write_text("0 12\n1 \n")
+    return {"path": str(path), "name": "toy"}
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "folder": _folder,
     "movielens": _movielens,
     "movielens_package": lambda path: {},
     "recbole": _recbole,
+    "lightgcn": _lightgcn,
     "sklearn_digits": lambda path: {},
     "long_tail": lambda path: {"size": "small"},
     "planted": lambda path: {"users": 8, "items": 20, "interactions_per_user": 5, "image_size": 8},
@@ -99,4 +106,4 @@ def test_unknown_keys_are_refused(name: str) -> None:
         )
 
 
-_WITH_PATH = {"folder", "movielens", "recbole"}
+_WITH_PATH = {"folder", "movielens", "recbole", "lightgcn"}

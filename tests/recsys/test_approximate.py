@@ -6,10 +6,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from fusion.compat import tf
 from fusion.errors import ConfigError, DataError, GateError
-from recsys.approximate import FACTS, INDEX, ApproximateIndex, exact_top, recall
+from fusion.rules import RULES
+from recsys.approximate import FACTS, INDEX, ApproximateIndex, TwoStage, exact_top, recall
+from recsys.collaborative.base import TrainingData
+from recsys.core import MemberScores, RankingCore
+from recsys.datasets.long_tail import SIZES, long_tail
+from recsys.evaluation import history_rows
+from worlds import fitted
 
 
 def vectors(items: int = 5000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -88,3 +96,47 @@ def test_bad_vectors_are_refused() -> None:
         ApproximateIndex.build(good, np.ones((2, 2)))
     with pytest.raises(ConfigError, match="k must be at least 1"):
         ApproximateIndex.build(good, good).search(good, 0)
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> RankingCore:
+    matrix = long_tail(*SIZES["small"])
+    data = TrainingData(matrix, pd.DataFrame(index=range(matrix.shape[1])), tmp_path_factory.mktemp("cache"))
+    settings = {"ials": {"kind": "ials", "factors": 16, "epochs": 5}, "knn": {"kind": "item_knn"}}
+    members = {name: fitted(part, data, data.cache) for name, part in settings.items()}
+    average = RULES["average"](RULES["average"].Config(), list(members), "candidates")
+    return RankingCore(MemberScores(members), average)
+
+
+class TestTwoStage:
+    def test_members_at_some_items_are_members_at_all_of_them(self, core: RankingCore) -> None:
+        history, items = tf.constant([[3, 5, -1], [7, -1, -1]]), tf.constant([[1, 8, -1], [0, 9, 4]])
+        scores, mask = core.members(history)
+        some, heard = core.members.at(history, items)
+        numbers = np.maximum(items.numpy(), 0)[:, None].repeat(2, axis=1)
+        np.testing.assert_allclose(some, np.take_along_axis(scores.numpy(), numbers, axis=2), rtol=1e-5, atol=1e-6)
+        expected = np.take_along_axis(mask.numpy(), numbers, axis=2) & (items.numpy() >= 0)[:, None]
+        np.testing.assert_array_equal(heard, expected)
+
+    def test_it_finds_nearly_what_scoring_everything_finds(self, core: RankingCore) -> None:
+        """The shortlist of one member holds most of what the ensemble would recommend, and never what is known."""
+        matrix = long_tail(*SIZES["small"])
+        history = history_rows(matrix, np.arange(60))
+        scorer = core.members.scorers[0]
+        index = ApproximateIndex.build(scorer.item_table.numpy(), scorer.user(tf.constant(history)).numpy())
+        scores, items = TwoStage(core, "ials", index, shortlist=200).recommend(history, 10)
+        whole = core(tf.constant(history)).numpy()
+        whole[np.repeat(np.arange(60), np.diff(matrix.indptr)[:60]), matrix[:60].indices] = -np.inf
+        assert recall(items, np.argsort(-whole, axis=1)[:, :10]) > 0.85
+        assert (np.diff(scores, axis=1) <= 0).all()
+        assert not any(np.isin(row, known).any() for row, known in zip(items, history, strict=True))
+
+    def test_fewer_items_than_asked_for(self, core: RankingCore) -> None:
+        scorer = core.members.scorers[0]
+        index = ApproximateIndex.build(scorer.item_table.numpy(), scorer.item_table.numpy()[:50])
+        scores, items = TwoStage(core, "ials", index).recommend(np.array([[0, 1]], np.int32), 899)
+        assert items.shape == (1, 899) and items[0, -1] == -1 and scores[0, -1] == -np.inf
+
+    def test_a_member_without_vectors_cannot_propose(self, core: RankingCore) -> None:
+        with pytest.raises(ConfigError, match="'knn' cannot propose"):
+            TwoStage(core, "knn", None)  # type: ignore[arg-type]

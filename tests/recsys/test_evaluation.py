@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from recsys.evaluation import (
     blocks,
     history_rows,
     question,
+    sample,
     validator,
 )
 from recsys.metrics import parse_metric
@@ -76,9 +78,12 @@ def random_members(seed: int, items: int = 12) -> dict[str, Any]:
     }
 
 
-def slow_lists(asked: Question, members: dict[str, Any], rule: Any, k: int) -> dict[str, dict[int, list[int]]]:
-    """System -> user -> the k best items, by Python's own sort, one user and one item at a time."""
-    result: dict[str, dict[int, list[int]]] = {name: {} for name in [*members, "rule"]}
+def slow_orders(
+    asked: Question, members: dict[str, Any], rule: Any
+) -> dict[str, dict[int, tuple[list[int], list[int]]]]:
+    """System -> user -> the items it says something about, best first, and the candidates on which it is silent, by
+    Python's own sort, one user and one item at a time."""
+    result: dict[str, dict[int, tuple[list[int], list[int]]]] = {name: {} for name in [*members, "rule"]}
     items = len(asked.candidates)
     for user in range(asked.relevant.shape[0]):
         if not asked.relevant[user].nnz:
@@ -95,8 +100,10 @@ def slow_lists(asked: Question, members: dict[str, Any], rule: Any, k: int) -> d
                     said[0, position, item] = scores[item]
         fused = rule(tf.constant(said)).numpy()[0]
         for name, scores in zip([*members, "rule"], [*said[0], fused], strict=True):
-            open_to = [i for i in range(items) if i not in seen and asked.candidates[i] and np.isfinite(scores[i])]
-            result[name][user] = sorted(open_to, key=lambda item, s=scores: (-s[item], item))[:k]
+            open_to = [item for item in range(items) if item not in seen and asked.candidates[item]]
+            spoken = [item for item in open_to if np.isfinite(scores[item])]
+            spoken.sort(key=lambda item, s=scores: (-s[item], item))
+            result[name][user] = spoken, [item for item in open_to if not np.isfinite(scores[item])]
     return result
 
 
@@ -110,12 +117,46 @@ class TestRanker:
         asked, members = random_question(seed, held_out=held_out), random_members(seed)
         rule = RULES["average"](RULES["average"].Config(), list(members), "candidates")
         ranked = Ranker(MemberScores(members), {"rule": rule}, 5)(asked)
-        expected = slow_lists(asked, members, rule, 5)
+        expected = slow_orders(asked, members, rule)
         assert sorted(ranked.users.tolist()) == sorted(expected["rule"]) and 4 not in ranked.users
         for name, lists in ranked.lists.items():
-            found = {int(u): [int(i) for i in row if i >= 0] for u, row in zip(ranked.users, lists.top, strict=True)}
-            assert found == expected[name], name
-        assert min(len(row) for row in expected["silent"].values()) < 5
+            for row, user in enumerate(ranked.users.tolist()):
+                spoken, silent = expected[name][user]
+                assert lists.top[row].tolist() == (spoken + [PADDING] * 5)[:5], name
+                of_user = slice(lists.relevant_indptr[row], lists.relevant_indptr[row + 1])
+                ranks = [1 + (spoken + silent).index(item) for item in lists.relevant_indices[of_user]]
+                assert lists.ranks[of_user].tolist() == ranks, name
+        assert min(len(spoken) for spoken, _ in expected["silent"].values()) < 5
+
+    def test_memory_is_bounded_by_the_block_and_not_by_the_users(self, monkeypatch: Any) -> None:
+        """A5: ten times the users, the same largest table of scores, and no more memory beside the lists."""
+        items, cells = 500, 4 * 500 * 16
+        monkeypatch.setattr("recsys.evaluation.SCORE_CELLS", cells)
+        members = MemberScores(random_members(0, items))
+        rule = RULES["average"](RULES["average"].Config(), members.names, "candidates")
+        peaks = []
+        for users in (200, 2000):
+            random = np.random.default_rng(users)
+            taken = sparse.random(users, items, 0.02, "csr", np.float32, random_state=random)
+            asked = replace(random_question(0, items=items), history=taken, seen=taken, relevant=taken)
+            ranker = Ranker(members, {"rule": rule}, 5)
+            rank, sizes = ranker._rank, []
+
+            def recorded(*block: Any, rank: Any = rank, sizes: list[int] = sizes) -> Any:
+                lists, keys = rank(*block)
+                sizes.append(sum(int(tf.size(key)) for key in keys))
+                return lists, keys
+
+            ranker._rank = recorded
+            recorded(np.full((1, 1), PADDING, np.int32), np.ones((1, items), bool))  # traces
+            tracemalloc.start()
+            ranked = ranker(asked)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            kept = [value for lists in ranked.lists.values() for value in vars(lists).values()]
+            peaks.append(peak - 2 * sum(array.nbytes for array in kept))  # in parts, and joined
+            assert max(sizes) <= cells and sum(sizes) >= 4 * items * len(asked.users)
+        assert peaks[1] < 2 * peaks[0] + 1_000_000 < users * items * 4, "what all users' scores would take"
 
     @pytest.mark.parametrize("strategy", STRATEGIES[:6])
     def test_nothing_seen_is_ever_recommended(self, strategy: str) -> None:
@@ -172,6 +213,12 @@ class TestRanker:
         lists = Ranker(MemberScores({"m": scorer}), {}, 5)(asked).lists["m"]
         per_user = parse_metric("ndcg@5", "candidates").of_lists(lists)
         assert validator(asked, "ndcg@5")(scorer)["ndcg@5"] == pytest.approx(np.nanmean(per_user))
+        assert sample(asked, 10**6) is asked
+        few = sample(asked, 7, seed=1)
+        assert len(few.users) == 7 and few.users.tolist() == sample(asked, 7, seed=1).users.tolist()
+        assert few.users.tolist() != sample(asked, 7, seed=2).users.tolist()
+        for user in few.users:
+            assert few.relevant[user].indices.tolist() == asked.relevant[user].indices.tolist()
         one = validator(asked, "ndcg@5", max_users=1)
         assert one(scorer)["ndcg@5"] in per_user and one(scorer) == one(scorer)
 

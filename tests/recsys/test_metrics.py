@@ -166,6 +166,22 @@ def test_from_scores_ranks_unscored_candidates_last_and_lists_neither_them_nor_s
     assert lists.top.dtype == np.int32
 
 
+def test_ranks_of_silent_items_follow_their_numbers() -> None:
+    """Every place is given once: what was scored by score and number, then what was not, by number alone."""
+    random = np.random.default_rng(0)
+    scores = random.integers(0, 3, (20, 15)).astype(np.float32)
+    scores[random.random(scores.shape) < 0.4] = random.choice([np.nan, np.inf, -np.inf])
+    candidates = random.random(scores.shape) < 0.7
+    lists = RankedLists.from_scores(scores, candidates, np.arange(0, 301, 15), np.tile(np.arange(15), 20), k=15)
+    for row, places in enumerate(lists.ranks.reshape(20, 15)):
+        spoken = [
+            i for i in np.argsort(-scores[row], kind="stable") if candidates[row, i] and np.isfinite(scores[row, i])
+        ]
+        silent = [i for i in range(15) if candidates[row, i] and not np.isfinite(scores[row, i])]
+        assert [int(places[item]) for item in spoken + silent] == list(range(1, 1 + candidates[row].sum()))
+        assert not places[~candidates[row]].any()
+
+
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """N3: memory is bounded by cutting, and the cut does not show in any number."""
     whole, scores, candidates, relevant = random_lists(5)

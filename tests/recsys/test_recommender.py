@@ -307,7 +307,8 @@ class TestArtifact:
         report = json.loads(run.path("report.json").read_text())
         assert manifest.split_hash == report["split"]["hash"] and manifest.data_hash == report["dataset"]["hash"]
         assert manifest.metrics["ndcg@10"] == report["rules"][report["best_rule"]]["ndcg@10"]["value"]
-        assert set(manifest.signatures) == {"serving_default", "recommend", "similar_items", "embed_item_text"}
+        asked = {"serving_default", "recommend", "similar_items", "embed_item_text", "search_text"}
+        assert set(manifest.signatures) == asked
         inputs = {name: spec.dtype for name, spec in manifest.signatures["recommend"].inputs.items()}
         strings = dict.fromkeys(("user_id", "history", "exclude", "include"), "string")
         assert inputs == {**strings, "k": "int32"}

@@ -1,0 +1,95 @@
+"""Search by example: a sentence or a picture becomes the inputs of an artifact's signature `search_<name>`.
+
+Texts are tokenised outside the graph, so an artifact keeps, beside the graph, how each of its encoders reads its
+input: `examples/<name>.json`, and `examples/<name>.npz` with what the encoder was fitted to (a vocabulary).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.config import parse_part
+from fusion.errors import ConfigError, DataError
+from fusion.files import load_arrays, save_arrays, write_atomically
+from fusion.images import load_images
+from fusion.registry import nearest
+from fusion.submodels import SUBMODELS
+from fusion.types import Features
+
+FOLDER = "examples"
+
+
+def write_examples(folder: Path, contents: Mapping[str, Any]) -> None:
+    """Writes, for each of an artifact's contents (`recsys.recommender.contents_of`), how an example of it is read."""
+    home = folder / FOLDER
+    for name, content in contents.items():
+        home.mkdir(exist_ok=True)
+        part = {"kind": _kind(content.encoder), **content.encoder.config.model_dump(mode="json")}
+        described = {"modality": content.encoder.modality, "columns": list(content.columns), "encoder": part}
+        write_atomically(home / f"{name}.json", json.dumps(described, indent=1))
+        state = content.encoder.state()
+        if state:
+            save_arrays(home / f"{name}.npz", state)
+
+
+def _kind(encoder: Any) -> str:
+    return next(kind for kind in SUBMODELS if SUBMODELS[kind] is type(encoder))
+
+
+class Examples:
+    """What an artifact can be searched by. The artifact's manifest must have been verified before.
+
+    Attributes:
+        described: by name of the search, `modality`, `columns` and `encoder`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+        paths = sorted(self.folder.glob("*.json"))
+        self.described = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+    def choose(self, modality: str, name: str | None = None) -> str:
+        """The search `name`, or the first one of this modality; ConfigError when there is none."""
+        fitting = [n for n, described in self.described.items() if described["modality"] == modality]
+        if name is None and fitting:
+            return fitting[0]
+        if name in fitting:
+            return str(name)
+        if not fitting:
+            raise ConfigError(
+                f"a search by {modality} needs a member that reads {modality}s; the artifact has none. "
+                "Add a member of kind content to the config."
+            )
+        raise ConfigError(f"no member '{name}' can be searched by {modality}: {nearest(str(name), fitting)}")
+
+    def inputs(self, name: str, example: str | Path | np.ndarray) -> Features:
+        """One text, or one image (a path, or an array `[H, W, 3]`), as the named inputs of `search_<name>`, B = 1.
+
+        Raises DataError for an empty text and for an image that cannot be read.
+        """
+        described = self.described[name]
+        encoder = parse_part(SUBMODELS, described["encoder"], f"{FOLDER}/{name}").make(0)
+        state = self.folder / f"{name}.npz"
+        if state.is_file():
+            encoder.load_state(load_arrays(state))
+        return encoder.prepare([_text(example)] if described["modality"] == "text" else _pixels(example, encoder))
+
+
+def _text(example: Any) -> str:
+    if not isinstance(example, str) or not example.strip():
+        raise DataError(f"a search by text needs a text with a word in it; received {example!r:.60}.")
+    return example
+
+
+def _pixels(example: Any, encoder: Any) -> np.ndarray:
+    value = example if isinstance(example, np.ndarray) else str(example)
+    pixels, available, reasons = load_images([value], encoder.config.image_size)
+    if not available[0]:
+        shown = "the array" if isinstance(example, np.ndarray) else f"'{example}'"
+        raise DataError(f"a search by image needs a JPEG, PNG or WebP; {shown} cannot be used: {reasons[0]}.")
+    return pixels
