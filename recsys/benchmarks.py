@@ -5,6 +5,7 @@ Whatever is compared is measured in turns within one run, so that a machine that
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from fusion.errors import ConfigError
 from fusion.registry import nearest
 from fusion.types import RunOptions
 from recsys import retrieval
+from recsys.approximate import ApproximateIndex, exact_top
+from recsys.approximate import recall as approximate_recall
 from recsys.collaborative import MEMBERS
 from recsys.collaborative.base import Member, TrainingData
 from recsys.core import MemberScores
@@ -33,14 +36,19 @@ from recsys.datasets.long_tail import SIZES, TEST_SHARE, long_tail
 from recsys.evaluation import Question, Ranker, blocks, sample
 from recsys.measuring import PeakMemory
 from recsys.metrics import parse_metric
+from recsys.results import latency
 
 FITTED = ("item_knn", "rp3beta", "spectral_filter", "ease")
 """Members whose time and memory are measured."""
 JUDGED_USERS = 3000
 """Users over whom the recall of a member is a mean; of more a fixed random part."""
 PEER = "implicit"
+NEAR, ASIDE = 22, 0.15
+"""How far away in number the neighbour is that a made-up item lies next to, and how far aside, relative to its size."""
 UNOBSERVED, PENALTY = 0.1, 0.01
 """Of the factorisation that is timed: the weight of what was not taken, and the peer's default of the penalty."""
+FITTED_ON_THE_WORLD = {"unobserved_weight": UNOBSERVED, "l2": UNOBSERVED * PENALTY, "frequency_scaling": 0.0}
+"""The same in the settings of `ials`."""
 
 
 # ---- exact top-k of made-up vectors -----------------------------------------------------------------------------
@@ -230,8 +238,7 @@ def measure_factorisation(
     Both are whole fits divided by their epochs, so that what is prepared once is counted, and both minimise the same:
     divided by the weight of unobserved cells, our loss is that of Hu et al. 2008, which the peer has.
     """
-    settings = {"unobserved_weight": UNOBSERVED, "l2": UNOBSERVED * PENALTY, "frequency_scaling": 0.0}
-    ours = MEMBERS["ials"](MEMBERS["ials"].Config(factors=factors, epochs=epochs, **settings))
+    ours = MEMBERS["ials"](MEMBERS["ials"].Config(factors=factors, epochs=epochs, **FITTED_ON_THE_WORLD))
     fits: dict[str, Callable[[], Any]] = {"ours": lambda: _fit(ours, world.train)}
     theirs = new_peer(
         factors=factors, iterations=epochs, alpha=1.0 / UNOBSERVED, regularization=PENALTY, random_state=0
@@ -325,8 +332,10 @@ def measure_member(world_name: str, member_name: str, k: int) -> dict[str, float
     """Seconds and memory of fitting one member with its default settings, and its recall on a part of the users."""
     world = World.made(world_name)
     member = MEMBERS[member_name](MEMBERS[member_name].Config())
+    processor = time.process_time()
     with PeakMemory() as memory:
         seconds, _ = timed(lambda: _fit(member, world.train))
+    processor = time.process_time() - processor  # of all threads: the same on a machine that others use, too
     asked = sample(world.question, JUDGED_USERS)
     started = time.perf_counter()
     ranked = Ranker(MemberScores({member_name: member}), {}, k)(asked)
@@ -334,10 +343,61 @@ def measure_member(world_name: str, member_name: str, k: int) -> dict[str, float
     values = parse_metric(f"recall@{k}", "candidates").of_lists(ranked.lists[member_name])
     return {
         "fit_s": seconds,
+        "fit_cpu_s": processor,
         "peak_mb": memory.bytes / 1e6,
         f"recall@{k}": float(np.mean(values)),
         "users_per_s": len(ranked.users) / ranking,
     }
+
+
+# ---- approximate retrieval -------------------------------------------------------------------------------------
+
+
+def measure_retrieval(items: int, dimensions: int, k: int, queries: int = 500) -> dict[str, Any]:
+    """Builds an index over vectors with the spread of trained ones, and measures recall against latency.
+
+    A factorisation is trained on the world of Gowalla's size. Its item vectors are widened to `items` by going part of
+    the way to a neighbour's and a little aside, so that norms, clusters and correlations stay those of trained vectors
+    (of Gaussian noise they would not be: there nothing is near anything). Latency is that of one query at a time;
+    the queries that are reported are not those on which the number of probes was chosen.
+    """
+    world = World.made("gowalla-size")
+    member = MEMBERS["ials"](MEMBERS["ials"].Config(factors=dimensions, epochs=8, **FITTED_ON_THE_WORLD))
+    _fit(member, world.train)
+    users, trained = user_and_item_vectors(member, world.train)
+    vectors = widened(trained[world.train.getnnz(axis=0) > 0], items)
+    chosen = np.random.default_rng(0).permutation(len(users))[: 2 * queries]
+    tuned_on, asked = users[chosen[:queries]], users[chosen[queries:]]
+    exact = exact_top(vectors, asked, k)
+    product = tf.constant(vectors.T)
+    scan = tf.function(lambda user: retrieval.top_k(tf.matmul(user, product), k))
+    whole = latency(lambda: scan(tf.constant(asked[:1])), 50)
+    with PeakMemory() as memory:
+        seconds, index = timed(lambda: ApproximateIndex.build(vectors, tuned_on, ApproximateIndex.Config(k=k)))
+    found = index.search(asked, k)[1]
+    one_by_one = itertools.cycle(asked)
+    return {
+        "settings": {"items": items, "dimensions": dimensions, "k": k, "queries": len(asked)},
+        "build_s": seconds,
+        "build_peak_mb": memory.bytes / 1e6,
+        "lists": index.lists,
+        "probes": index.probes,
+        f"recall@{k}": approximate_recall(found, exact),
+        **latency(lambda: index.search(next(one_by_one)[None], k), len(asked)),
+        "exact": whole,
+        "table": [asdict(point) for point in index.table],
+    }
+
+
+def widened(vectors: np.ndarray, items: int, seed: int = 0) -> np.ndarray:
+    """Float32 `[items, D]` with the spread of `vectors` `[N, D]`, whose neighbours in number are alike."""
+    random = np.random.default_rng(seed)
+    first = random.integers(0, len(vectors), items)
+    second = np.clip(first + random.integers(-NEAR, NEAR + 1, items), 0, len(vectors) - 1)
+    share = random.random((items, 1), dtype=np.float32)
+    result = vectors[first] + share * (vectors[second] - vectors[first])
+    aside = random.standard_normal(result.shape, dtype=np.float32)
+    return result + ASIDE * aside * np.abs(result).mean(axis=1, keepdims=True)
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -145,7 +145,7 @@ def sampled_scores(
     result: dict[str, list[FoldScores]] = {name: [] for name in rules}
     per_user = members.items * len(members.names) * (1 + len(rules))
     for block, history in blocks(asked.history, users, per_user):
-        unseen = asked.candidates & (asked.seen[block].toarray() == 0)
+        unseen = asked.open_to(block)
         scores, mask, best = scored(history, unseen)
         sample, labels, weights = _samples(unseen, asked.relevant[block], best.numpy(), settings.negatives, random)
         features, known = features_at(scores, mask, sample)

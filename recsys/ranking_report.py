@@ -13,7 +13,7 @@ from fusion.rules.base import Rule
 from fusion.types import derive_seed
 from recsys import results
 from recsys.core import MemberScores, RankingCore
-from recsys.evaluation import Question, Ranked, question
+from recsys.evaluation import Question, Ranked, question, sample
 from recsys.metrics import parse_metric
 from recsys.recommender import ServedRecommender
 from recsys.report import write_report
@@ -23,6 +23,10 @@ from recsys.significance import paired_difference
 
 if TYPE_CHECKING:
     from recsys.ranking_task import RankingTask
+
+
+DROP_ONE_USERS = 5000
+"""Test users for whom the page says what each member adds; of more a random part."""
 
 
 def write_ranking_report(task: RankingTask) -> dict[str, Any]:
@@ -52,10 +56,14 @@ class RankingEvaluation:
         asked, ranked, values, found = {}, {}, {}, {}
         for name, part in (("validation", VALIDATION), ("test", TEST)):
             asked[name] = question(task.interactions, task.parts, part, held_out=self.experiment.held_out_candidates)
+            if part == VALIDATION:
+                most, seed = self.experiment.evaluation.max_validation_users, self.experiment.seed
+                asked[name] = sample(asked[name], most, derive_seed(seed, "validation users"))
             ranked[name] = self._rank(task.ranker(task.rules, part), asked[name], name)
             values[name] = results.values_of(ranked[name].lists, self.metrics, self.catalogue)
             found[name] = results.figures(values[name], self.samples, self.seed, len(ranked[name].users))
         self.test_question, self.test_ranked, self.test_values = asked["test"], ranked["test"], values["test"]
+        self.validation_users = len(ranked["validation"].users)
         best_member = results.best(found["validation"], members, self.primary)
         best_rule = results.best(found["validation"], rules, self.primary)
         return {
@@ -102,6 +110,7 @@ class RankingEvaluation:
             "hash": self.task.manifest.sha256,
             **counts,
             "candidates": "held-out items" if self.experiment.held_out_candidates else "all unseen items",
+            "validation_users": self.validation_users,
             "test_users": len(self.test_ranked.users),
             "members_of_test_fitted_on": "train + validation" if self.experiment.evaluation.refit else "train",
         }
@@ -170,8 +179,10 @@ class RankingEvaluation:
         if len(members) < 2:
             return {}
         without = {f"without {name}": _Without(task.rules[best_rule], members.index(name)) for name in members}
-        ranked = task.ranker(without)(self.test_question)
-        whole = np.asarray(self.test_values[best_rule][self.primary.name])
+        ranked = task.ranker(without)(sample(self.test_question, DROP_ONE_USERS, self.seed))
+        of_row = {user: row for row, user in enumerate(self.test_ranked.users)}
+        rows = [of_row[user] for user in ranked.users]
+        whole = np.asarray(self.test_values[best_rule][self.primary.name])[rows]
         result = {}
         for name in members:
             values = np.asarray(self.primary.of_lists(ranked.lists[f"without {name}"], self.catalogue))

@@ -52,6 +52,8 @@ class EvaluationSettings(Settings):
     """The metric that chooses the best member and the best rule on validation; empty: ndcg@10 or accuracy."""
     candidates: Literal["auto", "all", "held_out"] = "auto"
     """all: every unseen item; held_out: only items without training rows; auto: held_out for item_holdout."""
+    max_validation_users: int = Field(10_000, ge=1)
+    """Validation users that are ranked; of more, as many drawn at random. The test part is always ranked whole."""
     refit: bool = False
     """Rankings: True fits the members once more, on training and validation rows, before the test part is ranked."""
     samples: int = Field(1000, ge=100, le=100_000)

@@ -13,6 +13,7 @@ EXAMPLES = """  python tools/benchmark.py --world gowalla-size
   python tools/benchmark.py --world gowalla-size --members spectral_filter ease --rounds 5 --json
   python tools/benchmark.py scoring
   python tools/benchmark.py scoring --users 5000 --items 9000 -k 10 --json
+  python tools/benchmark.py retrieval --items 1000000
 """
 
 
@@ -33,9 +34,14 @@ def main() -> int:
     scoring.add_argument("-k", type=cli.positive, default=20)
     scoring.add_argument("--block", type=cli.positive, help="users scored at once")
     scoring.add_argument("--json", action="store_true", help="print JSON")
+    nearest = commands.add_parser("retrieval", help="an approximate index: recall against latency, build time, memory")
+    nearest.add_argument("--items", type=cli.positive, default=1_000_000)
+    nearest.add_argument("--dimensions", type=cli.positive, default=64)
+    nearest.add_argument("-k", type=cli.positive, default=100)
+    nearest.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if (args.world is None) == (args.command is None):
-        parser.error("either --world NAME or the command scoring must be given")
+        parser.error("either --world NAME or a command, scoring or retrieval, must be given")
 
     # Numerical libraries read these when they are loaded: kernels of an old processor measure nothing.
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
@@ -44,6 +50,8 @@ def main() -> int:
 
     if args.command == "scoring":
         result = benchmarks.measure_scoring(args.users, args.items, args.dimensions, args.seen, args.k, args.block)
+    elif args.command == "retrieval":
+        result = benchmarks.measure_retrieval(args.items, args.dimensions, args.k)
     else:
         members = benchmarks.FITTED if args.members is None else args.members
         result = benchmarks.measure_world(

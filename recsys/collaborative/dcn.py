@@ -41,10 +41,11 @@ class DeepCross(Member):
     first stage. x_0 holds the user's and the item's vector, their product, the item's columns and aggregates, their
     means over the history and its length, the cosine between item and history of each encoder, and the product itself.
 
-    The towers are fitted first and then left as they are. A share `held_out` of the users is kept from them: on the
-    pairs that they were fitted on, their score is better than it will be on anybody's next item, and the cross network
-    would learn to trust it blindly. It is trained on these users with negatives from their shortlists and from the
-    whole catalogue. Its last layer starts at zero, so that training starts from the ranking of the first stage.
+    The towers are fitted first and then left as they are; the cross network is trained with negatives from the users'
+    shortlists and from the whole catalogue. Its last layer starts at zero, so that training starts from the ranking of
+    the first stage. On the pairs that the towers were fitted on, their score is better than it will be on anybody's
+    next item; `held_out` keeps a share of the users from them, on whom alone the cross network is then trained. With a
+    few hundred or thousand users the towers lose more by it than the ranking gains.
     """
 
     class Config(Settings):
@@ -62,9 +63,9 @@ class DeepCross(Member):
         """Rank of the matrices U V; null for one full matrix."""
         hidden: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = (64,)
         """Widths of the dense layers after the cross layers."""
-        dropout: float = Field(0.2, ge=0, lt=1)
+        dropout: float = Field(0.5, ge=0, lt=1)
         """Share of hidden units that training silences."""
-        held_out: float = Field(0.2, ge=0, lt=1)
+        held_out: float = Field(0.0, ge=0, lt=1)
         """Share of the users on whom the cross network alone is trained; 0 trains both stages on everybody."""
         loss: Literal["softmax", "pointwise"] = "softmax"
         """Softmax over the item and its negatives, or each of them on its own as yes or no."""
@@ -72,7 +73,7 @@ class DeepCross(Member):
         """Negatives a pair out of the user's shortlist."""
         uniform_negatives: int = Field(16, ge=0, le=1000)
         """Negatives a pair out of the whole catalogue."""
-        training: TrainingSettings = TrainingSettings(epochs=10, batch_size=256, learning_rate=0.001, patience=3)
+        training: TrainingSettings = TrainingSettings(epochs=8, batch_size=256, learning_rate=0.0003, patience=3)
         """The training loop of the cross network."""
 
     reads_content = True

@@ -43,7 +43,7 @@ class Ease(NeighbourState, Member):
 
     Sparse: groups of items that are alike are regressed on the `candidates` items nearest to the group, by
     B = I - P diag(1 / diag P) of that part of X'X (Steck 2019, "Markov Random Fields for Collaborative Filtering",
-    section 3.2, where the parts of neighbouring items are shared in the same way). With all items as candidates it
+    whose sparse approximation shares the parts of neighbouring items in the same way). With all items as candidates it
     is the dense solution; with fewer the cost grows with the catalogue instead of its cube.
 
     Raises MachineError where dense matrices or kept neighbours would exceed 1.5 GB, or sparse ones 6 GB.

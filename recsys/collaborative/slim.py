@@ -37,7 +37,7 @@ TOLERANCE = 1e-5
 class Slim(NeighbourState, Member):
     """Minimises for each item i: 1/2 |x_i - X w|^2 + l2/2 |w|^2 + l1 |w|_1 with w >= 0 and w_i = 0 (Ning & Karypis
     2011, "SLIM: Sparse Linear Methods for Top-N Recommender Systems", eq. 3), w being zero but for the items
-    nearest to i by cosine (fsSLIM, their section 4.3), of which there are `candidates`.
+    nearest to i by cosine (their fsSLIM), of which there are `candidates`.
 
     An elastic net of scikit-learn over n users has the same solution for alpha = (l1 + l2) / n and
     l1_ratio = l1 / (l1 + l2). Items that nobody took together with i have weight 0 in any case.

@@ -263,6 +263,7 @@ class TestRealData:
         """Three openings of a new player are enough to beat popularity, paired."""
         experiment, data, parts = of_config("lichess_new_users", data_dir, "lichess_openings_multimodal")
         asked = question(data, parts, TEST)
-        settings = {n: experiment.members[n].dump() for n in ("hybrid", "popularity")}
+        settings = {n: experiment.members[n].dump() for n in ("popularity", "item_knn", "ease", "text")}
         values = metric_of(settings, training_data(data, parts, tmp_path / "cache"), asked, tmp_path)
-        assert paired_difference(values["hybrid"], values["popularity"])["low"] > 0  # type: ignore[operator]
+        for fused in ("average", "text"):
+            assert paired_difference(values[fused], values["popularity"])["low"] > 0  # type: ignore[operator]

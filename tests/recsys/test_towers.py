@@ -38,6 +38,7 @@ DCN: dict[str, Any] = {
     "kind": "dcn",
     "towers": {name: value for name, value in TOWERS.items() if name != "kind"},
     "shortlist": 30,
+    "held_out": 0.2,
     "rank": None,
     "hidden": [16],
     "training": {"epochs": 2, "batch_size": 128, "learning_rate": 0.003},
@@ -254,6 +255,17 @@ def test_the_network_that_scores_is_the_one_that_was_trained(deep: Any) -> None:
     assert np.abs(deep.model(scaled)).max() > 1e-3, "the last layer has left zero"
 
 
+def test_the_cross_network_learns(tmp_path: Path) -> None:
+    """D3m: towers that learned nothing give any order; from the aggregates the second stage makes a good one."""
+    where = world(shuffle_labels=True, noise=20.0)
+    idle = {"hidden": [], "dimensions": 4, "training": {"epochs": 1, "batch_size": 128, "learning_rate": 1e-6}}
+    training = {"epochs": 3, "batch_size": 64, "learning_rate": 0.01}
+    settings = {**DCN, "towers": idle, "shortlist": 80, "held_out": 0.0, "training": training}
+    member: Any = fitted(settings, where.training(tmp_path), tmp_path)
+    asked = where.asked(among=where.counts > 0)
+    assert ndcg(member, asked) > 1.5 * ndcg(member.towers, asked)
+
+
 def test_only_the_shortlist_is_ranked_anew(deep: Any) -> None:
     """The best 30 of the first stage, none of them in the history, stand first; the others follow in its order."""
     history = np.array([[int(n) for n in world().warm[:6]]], np.int32)
@@ -274,6 +286,16 @@ def test_a_shortlist_leaves_out_the_history() -> None:
     scores = tf.constant([[5.0, 4.0, 3.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
     values, numbers = shortlist(scores, tf.constant([[0, 2], [-1, -1]]), 2)
     assert numbers.numpy().tolist() == [[1, 3], [3, 2]] and values.numpy().tolist() == [[4.0, 2.0], [3.0, 2.0]]
+
+
+def test_held_out_users_are_kept_from_the_towers(deep: Any) -> None:
+    matrix = world().training(Path()).matrix
+    first, second = deep._parts(matrix)
+    of_first, of_second = (np.diff(part.indptr) > 0 for part in (first, second))
+    assert 0.1 < of_second.mean() < 0.3 and not (of_first & of_second).any()
+    assert (first + second != matrix).nnz == 0
+    everybody = member_part({**DCN, "held_out": 0.0}).make(3)._parts(matrix)
+    assert all((part != matrix).nnz == 0 for part in everybody)
 
 
 def test_negatives_are_trained_items_that_the_user_did_not_take(towers: Any) -> None:
