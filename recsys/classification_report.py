@@ -14,6 +14,7 @@ from fusion.files import write_atomically
 from fusion.types import derive_seed
 from recsys import results
 from recsys.collaborative.content import join_columns
+from recsys.compare import save_values
 from recsys.metrics import parse_metric
 from recsys.report import write_report
 from recsys.report_content import Mistake, ReportExtras
@@ -28,6 +29,7 @@ def write_classification_report(task: ClassificationTask) -> dict[str, Any]:
     """Classifies validation and test, and writes `report.json`, `report.html`, `plots/` and `model_card.md`."""
     evaluation = ClassificationEvaluation(task)
     report = evaluation.report()
+    save_values(task.run.folder, task.rows(TEST), evaluation.test_values)
     write_atomically(task.run.path("report.json"), json.dumps(report, indent=1))
     write_report(task.run.folder, report, evaluation.extras(report))
     return report

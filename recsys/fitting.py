@@ -16,6 +16,7 @@ from fusion.errors import DataError
 from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays
 from fusion.registry import Registry
 from fusion.types import History, RunOptions, derive_seed
+from recsys.measuring import PeakMemory
 from recsys.run import code_version
 
 
@@ -39,6 +40,8 @@ class Fitted:
     folder: Path
     history: History | None
     seconds: float
+    peak_bytes: int | None = None
+    """Most memory that fitting held beyond what the process held before; None for members fitted by older code."""
 
     @property
     def recipe(self) -> Part:
@@ -73,7 +76,8 @@ def _fit_into(
 ) -> None:
     started = time.perf_counter()
     try:
-        with strategy.scope() if strategy else contextlib.nullcontext():  # where its variables have to be made
+        # The scope is where its variables have to be made.
+        with PeakMemory() as memory, strategy.scope() if strategy else contextlib.nullcontext():
             member = part.make(derive_seed(seed, "member", name))
             history = member.fit(data, RunOptions(derive_seed(seed, "training", name), work, strategy, quiet))
     except DataError as error:
@@ -85,6 +89,7 @@ def _fit_into(
             "kind": part.kind,
             "config": part.dump(),
             "seconds": seconds,
+            "peak_bytes": memory.bytes,
             "parameters": member.parameters,
             "history": asdict(history) if history else None,
             "truncation_loss": getattr(member, "truncation", None),
@@ -101,7 +106,7 @@ def load_fitted(folder: Path, name: str, registry: Registry, seed: int) -> Fitte
     member = part.make(derive_seed(seed, "member", name))
     member.load_state(load_arrays(folder / "state.npz"))
     history = History(**facts["history"]) if facts["history"] else None
-    return Fitted(member, part, folder, history, facts["seconds"])
+    return Fitted(member, part, folder, history, facts["seconds"], facts.get("peak_bytes"))
 
 
 def _key(name: str, part: Part, data: FitData, seed: int) -> str:

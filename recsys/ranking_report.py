@@ -12,8 +12,11 @@ from fusion.progress import progress
 from fusion.rules.base import Rule
 from fusion.types import derive_seed
 from recsys import results
+from recsys.compare import save_values
 from recsys.core import MemberScores, RankingCore
-from recsys.evaluation import Question, Ranked, question, sample
+from recsys.evaluation import Question, Ranked, blocks, question, sample
+from recsys.leaks import told, too_good
+from recsys.measuring import users_per_second
 from recsys.metrics import parse_metric
 from recsys.recommender import ServedRecommender
 from recsys.report import write_report
@@ -33,6 +36,7 @@ def write_ranking_report(task: RankingTask) -> dict[str, Any]:
     """Ranks validation and test, and writes `report.json`, `report.html`, `plots/` and `model_card.md`."""
     evaluation = RankingEvaluation(task)
     report = evaluation.report()
+    save_values(task.run.folder, evaluation.test_ranked.users, evaluation.test_values)
     write_atomically(task.run.path("report.json"), json.dumps(report, indent=1))
     write_report(task.run.folder, report, evaluation.extras(report))
     return report
@@ -81,6 +85,7 @@ class RankingEvaluation:
             "significance": results.significance(values["test"], best_rule, best_member, self.samples, self.seed),
             "cost": self._cost(),
             "tuning": self.task.trials,
+            "leaks": [vars(finding) for finding in told(task.run.path("data"))],
             "variants": {},
         }
 
@@ -147,11 +152,20 @@ class RankingEvaluation:
 
     def _cost(self) -> dict[str, Any]:
         task = self.task
-        cost = {name: results.member_cost(f.member, f.seconds) for name, f in task.fitted.items()}
+        asked = self.test_question
+        every = list(blocks(asked.history, asked.users, task.interactions.shape[1]))
+        histories = every[len(every) // 2][1]  # of users who know about as many items as most do
+        cost = {}
+        for name, fitted in task.fitted.items():
+            rate = users_per_second(fitted.member.scorer(), histories, seconds=0.3)
+            measured = {"fit_peak_bytes": fitted.peak_bytes, "users_per_s": round(rate)}
+            cost[name] = {**results.member_cost(fitted.member, fitted.seconds), **measured}
         total = {key: sum(member[key] for member in cost.values()) for key in ("parameters", "bytes", "train_s")}
+        total["fit_peak_bytes"] = max((f.peak_bytes or 0 for f in task.fitted.values()), default=0)
         for name, rule in task.rules.items():
             core = RankingCore(task.member_scores, rule)
-            cost[name] = {**total, **results.call_cost(core, task.interactions.shape[1])}
+            rate = users_per_second(core, histories, seconds=0.3)
+            cost[name] = {**total, **results.call_cost(core, task.interactions.shape[1]), "users_per_s": round(rate)}
         return cost
 
     # ---- what only the page shows -----------------------------------------------------------------------
@@ -226,7 +240,8 @@ class RankingEvaluation:
 
     def _warnings(self, report: dict[str, Any]) -> list[str]:
         """What a reader must know before believing a figure."""
-        warnings = []
+        found = [*told(self.task.run.path("data")), *too_good(report)]
+        warnings = [finding.sentence for finding in found]
         users = report["split"]["test_users"]
         if users < 100:
             warnings.append(f"Only {users} test users: the intervals are wide, and nothing small can be told apart.")

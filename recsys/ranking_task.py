@@ -22,6 +22,7 @@ from recsys.core import MemberScores
 from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
 from recsys.fitting import Fitted, fit_member, keep_copy
+from recsys.leaks import leaks, tell
 from recsys.metrics import Catalogue, parse_metric
 from recsys.out_of_fold import Fold, FoldScores, make_folds, sampled_scores
 from recsys.schema import HISTORY, PART_NAMES, TEST, TRAIN, VALIDATION, Interactions
@@ -49,6 +50,8 @@ class RankingTask(Stages):
         data, dropped = clean(tables, experiment.cleaning, experiment.positive, decode)
         parts = split(data, experiment.split)
         folder = self.run.path("data")
+        found = leaks(data, parts, experiment.split.strategy)
+        tell(found, folder, strict=experiment.cleaning.strict, quiet=self.run.quiet)
         save_interactions(folder, data)
         SplitManifest.of(data, parts, experiment.split).save(folder)
         self._keep_facts(data.name, list(data.notes), dropped)
