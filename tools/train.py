@@ -32,7 +32,7 @@ def main() -> int:
     which.add_argument(
         "--resume", action="store_true", help="only continue: fail if no such run exists (default: either)"
     )
-    parser.add_argument("--strict", action="store_true", help="fail on the first row that cleaning would drop, or a split that leaks")
+    parser.add_argument("--strict", action="store_true", help="fail on a row to be dropped or a split that leaks")
     parser.add_argument("--refit", choices=["none", "all"], help="train on every row before the export, or not")
     parser.add_argument("--dry-run", action="store_true", help="print plan, rows, estimated time and memory")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

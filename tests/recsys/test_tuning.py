@@ -66,7 +66,7 @@ def test_a_key_within_a_part() -> None:
     ("tuning", "message"),
     [
         ({"eese": {"l2": [1.0]}}, "unknown member 'eese'.*did you mean 'ease'"),
-        ({"ease": {"l3": [1.0]}}, r"unknown key 'tuning\.ease\.l3'.*known are decay, l2"),
+        ({"ease": {"l3": [1.0]}}, r"unknown key 'tuning\.ease\.l3'.*known are "),
         ({"ease": {"l2": [-1.0]}}, r"tuning\.ease\.l2.*greater than 0.*received -1"),
         ({"ease": {"l2": []}}, r"tuning\.ease\.l2 must list at least one value"),
     ],
