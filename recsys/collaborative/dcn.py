@@ -159,7 +159,9 @@ class DeepCross(Member):
         def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
             candidates = batch["candidates"]
             values, base = self.inputs(batch["history"], tf.maximum(candidates, 0))
-            return loss_of(base + self.model(standardised(values, mean, factor), training=True), candidates >= 0)
+            scores = base + self.model(standardised(values, mean, factor), training=True)
+            drawn = pairs.log_probability(base, batch["last"][:, None] / self.config.towers.temperature)
+            return loss_of(scores - drawn, candidates >= 0)
 
         validate = data.validate
         return fit(
@@ -211,7 +213,8 @@ class DeepCross(Member):
 
 
 class CandidatePairs(HistoryPairs):
-    """Pairs with negatives: `history` `[b, L]` and `candidates` `[b, 1 + negatives]`, the item to be found first.
+    """Pairs with negatives: `history` `[b, L]` and `candidates` `[b, 1 + negatives]`, the item to be found first; `last`
+    `[b]` is the first stage's score of the last item in the user's shortlist.
 
     Negatives are items of training alone, because nothing says that nobody wants a cold one; those that the user took
     are -1. They are drawn anew in every epoch, by the rows of a batch and the seed alone, so that an interrupted
@@ -233,7 +236,7 @@ class CandidatePairs(HistoryPairs):
         self.trained = matrix.getnnz(axis=0) > 0
         self.numbers = np.flatnonzero(self.trained).astype(np.int32)
         self.hard, self.uniform = config.hard_negatives, config.uniform_negatives
-        self.shortlists = shortlists(first, chosen, self.numbers, config.shortlist)
+        self.last, self.shortlists = shortlists(first, chosen, self.numbers, config.shortlist)
         owner = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
         self.taken = np.sort(owner * self.items + matrix.indices)
 
@@ -245,7 +248,16 @@ class CandidatePairs(HistoryPairs):
         negatives = np.concatenate([self.shortlists[users[:, None], places], uniform], axis=1)
         negatives[self._are_taken(users, negatives) | ~self.trained[negatives]] = PADDING
         candidates = np.concatenate([batch["target"][:, None], negatives], axis=1)
-        return {"history": batch["history"], "candidates": candidates}
+        return {"history": batch["history"], "candidates": candidates, "last": self.last[users]}
+
+    def log_probability(self, scores: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+        """How often items with these first scores are drawn, as a logarithm: those of the shortlist far more often.
+
+        Without this correction (Yi et al. 2019) the network would learn to push whatever is on a shortlist down.
+        """
+        uniform = max(self.uniform, 1) / len(self.numbers)
+        inside = self.hard / self.shortlists.shape[1] + uniform
+        return tf.where(scores >= last, np.float32(np.log(inside)), np.float32(np.log(uniform)))
 
     def _are_taken(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """bool `[b, N]`: whether the user of the row took the item."""
@@ -262,23 +274,26 @@ def only(matrix: sparse.csr_matrix, users: np.ndarray) -> sparse.csr_matrix:
     return sparse.csr_matrix((matrix.data[kept], matrix.indices[kept], starts), shape=matrix.shape)
 
 
-def shortlists(first: TowerScorer, matrix: sparse.csr_matrix, among: np.ndarray, length: int) -> np.ndarray:
-    """The best items of each user outside the history and `among` the given ones, int32 `[U, S]`; 0 for users without
-    a history. Where those do not suffice, others fill the row."""
+def shortlists(
+    first: TowerScorer, matrix: sparse.csr_matrix, among: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best items of each user outside the history and `among` the given ones: the last one's score float32 `[U]`,
+    and the numbers int32 `[U, S]`; 0 for users without a history. Where those do not suffice, others fill the row."""
     from recsys.evaluation import blocks
 
     users, items = np.flatnonzero(np.diff(matrix.indptr)), matrix.shape[1]
     length = min(length, len(among))
-    result = np.zeros((matrix.shape[0], length), np.int32)
+    last, result = np.zeros(matrix.shape[0], np.float32), np.zeros((matrix.shape[0], length), np.int32)
     barred = np.full(items, EXCLUDED, np.float32)
     barred[among] = 0.0
     best = tf.function(
-        lambda history: shortlist(first(history) + barred, history, length)[1],
+        lambda history: shortlist(first(history) + barred, history, length),
         input_signature=[tf.TensorSpec([None, None], tf.int32)],
     )
     for rows, history in blocks(matrix, users, items):
-        result[rows] = best(tf.constant(history)).numpy()
-    return result
+        values, numbers = best(tf.constant(history))
+        last[rows], result[rows] = values[:, -1].numpy(), numbers.numpy()
+    return last, result
 
 
 def softmax_loss(scores: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
