@@ -64,10 +64,12 @@ def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any
     work = data.cache / "work" / key / name
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
+        # The locked folder itself stays: another process may be waiting for its lock.
         with lock_folder(work.parent, wait=True):
             if not folder.exists():  # another process may have fitted it while we waited
+                work.mkdir(exist_ok=True)
                 _fit_into(folder, work, name, part, data, seed, strategy, quiet)
-        shutil.rmtree(work.parent, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     return load_fitted(folder, name, part.registry, seed)
 
 

@@ -45,7 +45,7 @@ class DeepCross(Member):
     shortlists and from the whole catalogue. Its last layer starts at zero, so that training starts from the ranking of
     the first stage. On the pairs that the towers were fitted on, their score is better than it will be on anybody's
     next item; `held_out` keeps a share of the users from them, on whom alone the cross network is then trained. With a
-    few hundred or thousand users the towers lose more by it than the ranking gains.
+    few hundred or thousand users the towers lose as much by it as the ranking gains.
     """
 
     class Config(Settings):
@@ -73,7 +73,7 @@ class DeepCross(Member):
         """Negatives a pair out of the user's shortlist."""
         uniform_negatives: int = Field(16, ge=0, le=1000)
         """Negatives a pair out of the whole catalogue."""
-        training: TrainingSettings = TrainingSettings(epochs=8, batch_size=256, learning_rate=0.0003, patience=3)
+        training: TrainingSettings = TrainingSettings(epochs=8, batch_size=256, learning_rate=0.001, patience=3)
         """The training loop of the cross network."""
 
     reads_content = True
@@ -213,8 +213,8 @@ class DeepCross(Member):
 
 
 class CandidatePairs(HistoryPairs):
-    """Pairs with negatives: `history` `[b, L]` and `candidates` `[b, 1 + negatives]`, the item to be found first; `last`
-    `[b]` is the first stage's score of the last item in the user's shortlist.
+    """Pairs with negatives: `history` `[b, L]`, `candidates` `[b, 1 + negatives]`, the item to be found first, and
+    `last` `[b]`, the first stage's score of the last item in the user's shortlist.
 
     Negatives are items of training alone, because nothing says that nobody wants a cold one; those that the user took
     are -1. They are drawn anew in every epoch, by the rows of a batch and the seed alone, so that an interrupted

@@ -319,6 +319,11 @@ def test_negatives_are_trained_items_that_the_user_did_not_take(towers: Any) -> 
     hard, row = negatives[:, : config.hard_negatives], 5
     history = matrix.indices[matrix.indptr[users[row]] : matrix.indptr[users[row] + 1]][None].astype(np.int32)
     first = np.where(dense[users[row]] | (world().counts == 0), -np.inf, towers.scorer()(tf.constant(history)))[0]
+    best = first[np.argsort(-first)[29]]
+    assert batch["last"][row] == pytest.approx(best, abs=1e-5)
+    drawn = pairs.log_probability(tf.constant([[best + 0.1, best - 0.1]]), tf.constant([[best]]))
+    rare = config.uniform_negatives / (world().counts > 0).sum()
+    np.testing.assert_allclose(drawn, np.log([[config.hard_negatives / 30 + rare, rare]]), rtol=1e-5)
     assert set(hard[row]) <= {*np.argsort(-first)[:30]}, "of the user's 30 best ones"
 
 
