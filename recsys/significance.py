@@ -7,6 +7,7 @@ Sakai, Evaluating evaluation metrics based on the bootstrap, SIGIR 2006.
 
 from __future__ import annotations
 
+import functools
 from typing import TypedDict
 
 import numpy as np
@@ -15,6 +16,8 @@ from fusion.errors import ConfigError, DataError
 
 _DRAWS_AT_ONCE = 1 << 22
 """Drawn indices held in memory at a time (32 MB)."""
+_DRAWS_KEPT = 1 << 25
+"""Up to so many draws are kept for the next figure of as many users (256 MB)."""
 
 
 class Interval(TypedDict):
@@ -83,10 +86,21 @@ def point(value: float, n: int) -> Interval:
 
 def _resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Means of `samples` draws of n users with replacement, float64 `[samples]`, memory bounded."""
+    users = len(values)
+    if samples * users <= _DRAWS_KEPT:
+        return _shares(users, samples, seed) @ values
     random = np.random.default_rng(seed)
-    means = np.empty(samples)
-    step = max(1, _DRAWS_AT_ONCE // len(values))
-    for start in range(0, samples, step):
-        count = min(step, samples - start)
-        means[start : start + count] = values[random.integers(len(values), size=(count, len(values)))].mean(axis=1)
-    return means
+    step = max(1, _DRAWS_AT_ONCE // users)
+    parts = [min(step, samples - start) for start in range(0, samples, step)]
+    return np.concatenate([values[random.integers(users, size=(count, users))].mean(axis=1) for count in parts])
+
+
+@functools.lru_cache(maxsize=2)
+def _shares(users: int, samples: int, seed: int) -> np.ndarray:
+    """How much each user counts in the mean of each draw, float64 `[samples, users]`: many figures of the same users
+    are resampled alike, and each is then one product."""
+    random = np.random.default_rng(seed)
+    shares = np.empty((samples, users))
+    for row in shares:
+        row[:] = np.bincount(random.integers(users, size=users), minlength=users)
+    return shares / users
