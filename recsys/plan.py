@@ -42,9 +42,11 @@ def plan(experiment: Any, root: Path) -> dict[str, Any]:
         parts = split_examples(table[LABEL].to_numpy(), given, experiment.split)
         facts = {"examples": len(table), "classes": table[LABEL].nunique()}
         users, items, positives, values = 0, 0, len(table), len(table)
-    fits = 1 + experiment.out_of_fold.folds + (experiment.export.refit == "all")
+    fits = 1 + experiment.out_of_fold.folds + experiment.evaluation.refit + (experiment.export.refit == "all")
+    grids = getattr(experiment, "tuning", {})
+    tried = {name: sum(len(values) for values in grids.get(name, {}).values()) for name in experiment.members}
     members = {name: _member(part, users, items, positives, values) for name, part in experiment.members.items()}
-    seconds = sum(fits * member["fit_s"] + member["embed_s"] for member in members.values())
+    seconds = sum((fits + tried[name]) * member["fit_s"] + member["embed_s"] for name, member in members.items())
     needed = BASE_BYTES + max(member["bytes"] for member in members.values()) + 256 * 4 * items * (len(members) + 8)
     return {
         "name": experiment.name,
@@ -54,6 +56,7 @@ def plan(experiment: Any, root: Path) -> dict[str, Any]:
         "dropped": {rule.rule: rule.rows for rule in dropped},
         "rows": {name: int((parts == number).sum()) for number, name in enumerate(PART_NAMES)},
         "fits_per_member": fits,
+        "tuning_fits": tried,
         "members": members,
         "rules": list(experiment.rules),
         "estimated_s": round(20 + seconds),
@@ -70,9 +73,11 @@ def _member(part: Part, users: int, items: int, positives: int, values: int) -> 
     embed_s, fit_s, needed = 0.0, 0.0, 8 * parameters
     if hasattr(config, "neighbours"):
         parameters = items * min(config.neighbours, items)
-        side = min(users, items)
-        fit_s = (2.0 * side**3 + 2.0 * side * items * items) / GFLOPS
-        needed = 12 * parameters + 4 * side * side + 4 * users * items
+        needed = 12 * parameters
+    if hasattr(part.registry[part.kind], "fit_cost"):
+        flops, more = part.registry[part.kind].fit_cost(config, users, items, positives)
+        fit_s += flops / GFLOPS
+        needed += more
     if hasattr(config, "encoder"):
         encoder = config.encoder
         pixels = getattr(encoder.config, "image_size", 1) ** 2
@@ -99,7 +104,8 @@ def describe(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['name']} ({facts['task']}): " + ", ".join(f"{v:,} {k}" for k, v in facts["data"].items()),
         f"rows: {rows}; dropped by cleaning: {sum(facts['dropped'].values()):,}",
-        f"members, each fitted {facts['fits_per_member']} times (training, folds, refit):",
+        f"members, each fitted {facts['fits_per_member']} times (training, folds, refits), beside "
+        f"{sum(facts['tuning_fits'].values())} fits of tuning:",
     ]
     for name, member in facts["members"].items():
         lines.append(

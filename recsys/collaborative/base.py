@@ -85,6 +85,12 @@ class Member(abc.ABC):
     def check(cls, config: Any) -> None:
         """Raises ConfigError for what is wrong whatever the data holds."""
 
+    @classmethod
+    def fit_cost(cls, config: Any, users: int, items: int, positives: int) -> tuple[float, float]:
+        """About how many floating-point operations `fit` takes beside epochs of training, and how many bytes beside
+        what it learns; for `--dry-run`, there to tell a minute from an hour."""
+        return 0.0, 0.0
+
     @abc.abstractmethod
     def fit(self, data: TrainingData, options: RunOptions) -> History | None:
         """Learns from `data`; returns the history of members that are trained in epochs."""

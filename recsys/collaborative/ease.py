@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -63,12 +63,18 @@ class Ease(NeighbourState, Member):
         candidates: int = Field(1000, ge=1, le=20_000)
         """On how many items each item is regressed by the sparse solver."""
 
+    @classmethod
+    def fit_cost(cls, config: Any, users: int, items: int, positives: int) -> tuple[float, float]:
+        """A dense inverse of the smaller side, or a system for every three items (the median size of a group)."""
+        if _solver(config, users, items) == "dense":
+            side = min(users, items)
+            return 2.0 * side**3 + 2.0 * side * items**2, 4.0 * side**2 + 4.0 * users * items
+        return items / 3 * min(config.candidates, items) ** 3 / 3, 8.0 * positives**2 / users
+
     def fit(self, data: TrainingData, options: RunOptions) -> None:
         users, items = data.matrix.shape
         keep = min(self.config.neighbours, items)
-        solver = self.config.solver
-        if solver == "auto":
-            solver = "dense" if _dense_bytes(users, items) <= LIMIT_BYTES else "sparse"
+        solver = _solver(self.config, users, items)
         _refuse_beyond_limit(users, items, keep, solver)
         fit = self._dense if solver == "dense" else self._sparse
         self.index, self.weight, self.truncation = fit(data.matrix.astype(np.float32), keep, options)
@@ -101,6 +107,12 @@ class Ease(NeighbourState, Member):
                 parts.append(part)
                 bar.advance(len(part[0]))
         return by_history_item(assembled(parts, items), keep)
+
+
+def _solver(config: Ease.Config, users: int, items: int) -> str:
+    if config.solver != "auto":
+        return config.solver
+    return "dense" if _dense_bytes(users, items) <= LIMIT_BYTES else "sparse"
 
 
 def _dense_bytes(users: int, items: int) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -65,6 +66,11 @@ class ImplicitALS(Member):
             """Strength of the penalty `[B]` on the vectors of rows that took `lengths` of `others` things."""
             frequency = lengths + self.unobserved_weight * float(others)
             return self.l2 * frequency**self.frequency_scaling
+
+    @classmethod
+    def fit_cost(cls, config: Any, users: int, items: int, positives: int) -> tuple[float, float]:
+        """Two products with the gathered vectors a step and two more, on both sides of every epoch."""
+        return config.epochs * 8.0 * positives * config.factors * (config.training_steps + 1), 0.0
 
     def fit(self, data: TrainingData, options: RunOptions) -> None:
         config, solver = self.config, Solver(self.config)

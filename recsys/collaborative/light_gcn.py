@@ -59,9 +59,11 @@ class Propagation:
         for _ in range(self.layers):
             users, of_items = self.to_users(items[-1]), self.to_items(users)
             items.append(of_items)
+        # Sums over one stack: TensorFlow adds three tensors or more, gradients too, in an order that is up to memory.
+        layers = tf.stack(items)
         return (
-            (history + self.roots * tf.add_n(items[:-1])) / (self.layers + 1),
-            tf.add_n(items) / (self.layers + 1),
+            (history + self.roots * tf.reduce_sum(layers[:-1], axis=0)) / (self.layers + 1),
+            tf.reduce_sum(layers, axis=0) / (self.layers + 1),
         )
 
 

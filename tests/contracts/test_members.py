@@ -288,7 +288,17 @@ def test_fitted_on_train_only(settings: dict[str, Any], tmp_path: Path) -> None:
     assert_fitted_on_train_only(fit, where.data, where.parts)
 
 
-@every_kind
+NETWORKS = {"mult_vae", "gru4rec", "sasrec", "two_tower", "dcn"}
+"""Members whose three fits take ten seconds, most of them to trace graphs."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, marks=[pytest.mark.slow] if settings["kind"] in NETWORKS else [], id=case_id(settings))
+        for settings in cases()
+    ],
+)
 def test_the_seed_decides(settings: dict[str, Any], tmp_path: Path) -> None:
     quick = quickly(settings)
     histories = pad(([1, 2, 3], [7]))
