@@ -151,7 +151,7 @@ class TwoStage:
     def __init__(self, core: RankingCore, proposer: str, index: ApproximateIndex, shortlist: int = 300) -> None:
         """`proposer` is the member whose vectors `index` holds; ConfigError when it has no vectors of users."""
         scorer = core.members.scorers[core.members.names.index(proposer)]
-        if not hasattr(scorer, "user"):
+        if not hasattr(scorer, "at"):  # the scorers of one vector a user
             raise ConfigError(
                 f"'{proposer}' cannot propose: it has no vectors. Name a factorisation or content member."
             )
