@@ -175,12 +175,13 @@ class TwoStage:
         return best, np.where(np.isfinite(best), np.take_along_axis(items, order, axis=1), PADDING)
 
 
-def exact_top(vectors: np.ndarray, queries: np.ndarray, k: int, block: int = 64) -> np.ndarray:
+def exact_top(vectors: np.ndarray, queries: np.ndarray, k: int, block: int = 32) -> np.ndarray:
     """The k items `[Q, k]` with the largest inner products, by scoring all of them; in no order within a row."""
     parts = []
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ vectors.T
-        parts.append(np.argpartition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k :])
+        # A copy: a view would keep the order of the whole catalogue in memory.
+        parts.append(np.argpartition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k :].copy())
     return np.concatenate(parts)
 
 

@@ -54,7 +54,7 @@ class ImplicitALS(Member):
         """Exponent of the frequency in the penalty: 0 the same for all, 1 proportional, when `l2` should be about
         0.01. The frequency counts a0 times the whole other side, so that above 0 the best `l2` depends on the size of
         the data; the defaults are good from 500 to 40,000 items."""
-        training_steps: int = Field(3, ge=1, le=256)
+        training_steps: int = Field(2, ge=1, le=256)
         """Steps of conjugate gradients on every vector in an epoch, from where it was left by the epoch before."""
         block_size: int | None = Field(None, ge=1, le=1024)
         """Entries of a vector that are solved for exactly and together, one block after the other, instead of
