@@ -323,6 +323,7 @@ def test_posters_find_themselves_and_plots_their_film(data_dir: Path, tmp_path: 
         assert sum(a.decode() == b for a, b in zip(answer["item_ids"].numpy()[:, 0], expected, strict=True)) >= least
     titles = join_columns(items, ["title"])
     inputs = members["text"].encoder.prepare(["a boy's toys are jealous of a new spaceman doll"])
-    answer = module.search["text"](*[tf.constant(a) for a in inputs.values()], tf.constant([3]))
+    in_order = [tf.constant(inputs[name]) for name in module.embed["text"].structured_input_signature[1]]
+    answer = module.search["text"](*in_order, tf.constant([3]))
     best = answer["item_ids"].numpy()[0, 0].decode()
-    assert titles[expected.index(best)] == "Toy Story (1995)"
+    assert titles[items[ITEM_ID].tolist().index(best)] == "Toy Story (1995)"
