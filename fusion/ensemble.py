@@ -13,7 +13,7 @@ import numpy as np
 from fusion.compat import keras, tf
 from fusion.rules.base import Rule
 from fusion.submodels.base import Submodel
-from fusion.types import Features
+from fusion.types import Context, Features
 
 
 class FittedMember(Protocol):
@@ -29,6 +29,18 @@ class FittedMember(Protocol):
         """Logits float32 `[N, C]` of raw values."""
 
 
+class _Contributions(keras.layers.Layer):
+    """`Rule.contributions` as one layer: a rule may loop, which operations between layers cannot."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(name="contributions", dtype="float32")
+        self.rule = rule
+
+    def call(self, scores: Any, mask: Any, context: Context) -> Any:
+        """Terms `[B, S, C]` and bias `[B, C]`."""
+        return self.rule.contributions(scores, mask, context)
+
+
 class Ensemble:
     """Fitted members and a rule.
 
@@ -40,28 +52,40 @@ class Ensemble:
         self.members = dict(members)
         self.rule = rule
 
-    def predict(self, values: Mapping[str, Sequence[Any]], mask: np.ndarray | None = None) -> np.ndarray:
-        """Probabilities `[N, C]` of raw values by member; `mask` bool `[N, S]` says what is there."""
+    def predict(
+        self, values: Mapping[str, Sequence[Any]], mask: np.ndarray | None = None, context: Context | None = None
+    ) -> np.ndarray:
+        """Probabilities `[N, C]` of raw values by member; `mask` bool `[N, S]` says what is there, `context` `[N, 1]`
+        by name what the rule reads beside."""
         logits = np.stack([member.logits(values[name]) for name, member in self.members.items()], axis=1)
-        return self.fuse(logits, mask)
+        return self.fuse(logits, mask, context)
 
-    def fuse(self, logits: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    def fuse(self, logits: np.ndarray, mask: np.ndarray | None = None, context: Context | None = None) -> np.ndarray:
         """Probabilities `[N, C]` of the members' logits `[N, S, C]`."""
-        fused = self.rule(tf.constant(logits), None if mask is None else tf.constant(mask))
+        fused = self.rule(tf.constant(logits), None if mask is None else tf.constant(mask), context)
         return self.rule.probabilities(fused).numpy()
 
-    def prepare(self, values: Mapping[str, Sequence[Any]]) -> Features:
-        """Raw values by member as the inputs of `functional()`, in shapes that do not depend on the values."""
-        inputs: Features = {}
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the context that the rule reads."""
+        return self.rule.reads(self.rule.config)
+
+    def prepare(self, values: Mapping[str, Sequence[Any]], context: Context | None = None) -> Features:
+        """Raw values by member, and the context, as the inputs of `functional()`, in shapes that do not depend on the
+        values."""
+        inputs: Features = {f"context_{name}": np.asarray((context or {})[name], np.float32) for name in self.reads}
         for name, member in self.members.items():
             features = member.submodel.prepare(values[name], fixed_length=True)
             inputs |= {f"{name}_{feature}": array for feature, array in features.items()}
         return inputs
 
     def functional(self) -> keras.Model:
-        """One functional model: inputs `<member>_<feature>` and `mask` bool `[B, S]` (which members have something to
-        read) -> `probabilities` `[B, C]`, `scores` `[B, C]` and `contributions` `[B, S, C]`, which sum to the
-        scores less the rule's bias."""
+        """One functional model.
+
+        Inputs: `<member>_<feature>`, `mask` bool `[B, S]` (which members have something to read), and `context_<name>`
+        `[B, 1]` for each number that the rule reads. Outputs: `probabilities` `[B, C]`, `scores` `[B, C]` and
+        `contributions` `[B, S, C]`, which sum to the scores less the rule's bias.
+        """
         inputs: dict[str, Any] = {}
         logits = []
         for name, member in self.members.items():
@@ -75,7 +99,9 @@ class Ensemble:
             logits.append(renamed(own))
         mask = keras.Input((len(self.members),), dtype=tf.bool, name="mask")
         stacked = tf.stack(logits, axis=1)
-        contributions, bias = self.rule.contributions(stacked, mask)
+        context = {name: keras.Input((1,), dtype=tf.float32, name=f"context_{name}") for name in self.reads}
+        inputs |= {f"context_{name}": tensor for name, tensor in context.items()}
+        contributions, bias = _Contributions(self.rule)(stacked, mask, context)
         scores = tf.reduce_sum(contributions, axis=1) + bias
         outputs = {
             "probabilities": self.rule.probabilities(scores),

@@ -18,6 +18,10 @@ Features = dict[str, np.ndarray]
 Over = Literal["classes", "candidates"]
 """What the axis C runs over: the classes of a classifier, or the items of a catalogue."""
 
+Context = Mapping[str, Any]
+"""What is known of an example beside the members' scores, by name: float32 `[B, 1]`, or a number a candidate, `[B, C]`
+or `[1, C]`. NaN is unknown."""
+
 
 @dataclass(frozen=True)
 class RunOptions:

@@ -157,7 +157,7 @@ class TwoStage:
             )
         self._user = tf.function(scorer.user, input_signature=[HISTORY_SPEC])
         self._fused = tf.function(
-            lambda history, items: core.rule(*core.members.at(history, items)),
+            lambda history, items: core.rule(*core.members.at(history, items), core.members.context(history, items)),
             input_signature=[HISTORY_SPEC, tf.TensorSpec([None, None], tf.int32)],
         )
         self.index = index

@@ -11,6 +11,7 @@ import numpy as np
 
 from fusion.compat import tf
 from fusion.files import write_atomically
+from fusion.rules.base import Rule
 from fusion.types import derive_seed
 from recsys import results
 from recsys.collaborative.content import join_columns
@@ -52,7 +53,8 @@ class ClassificationEvaluation:
         values, found = {}, {}
         for name, part in (("validation", VALIDATION), ("test", TEST)):
             self.logits, self.mask = task.part_logits(part)
-            self.probabilities = self._probabilities(self.logits, self.mask)
+            self.context = task.context(task.rows(part))
+            self.probabilities = self._probabilities()
             values[name] = self._values(self.probabilities, self.mask, task.labels[task.rows(part)])
             found[name] = results.figures(values[name], self.samples, self.seed, len(self.logits))
         self.test_values = values["test"]
@@ -86,13 +88,17 @@ class ClassificationEvaluation:
             "variants": {},
         }
 
-    def _probabilities(self, logits: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    def _probabilities(self) -> dict[str, np.ndarray]:
         """Probabilities `[N, C]` of each member by itself and of each rule."""
-        alone = tf.nn.softmax(tf.constant(logits), axis=2).numpy()
+        alone = tf.nn.softmax(tf.constant(self.logits), axis=2).numpy()
         result = {name: alone[:, position] for position, name in enumerate(self.experiment.members)}
         for name, rule in self.task.rules.items():
-            result[name] = rule.probabilities(rule(tf.constant(logits), tf.constant(mask))).numpy()
+            result[name] = self._fused(rule, self.mask)
         return result
+
+    def _fused(self, rule: Rule, mask: np.ndarray) -> np.ndarray:
+        """Probabilities `[N, C]` of a rule over the members that `mask` `[N, S]` lets speak."""
+        return rule.probabilities(rule(tf.constant(self.logits), tf.constant(mask), self.context)).numpy()
 
     def _values(self, probabilities: dict[str, np.ndarray], mask: np.ndarray, labels: np.ndarray) -> results.Values:
         """Every metric of every system; a member that had nothing to read has no value for that example."""
@@ -129,7 +135,8 @@ class ClassificationEvaluation:
             }
         total = {key: sum(member[key] for member in cost.values()) for key in next(iter(cost.values()))}
         for name, rule in task.rules.items():
-            one = tf.constant(self.logits[:1]), tf.constant(self.mask[:1])
+            context = {name: values[:1] for name, values in self.context.items()}
+            one = tf.constant(self.logits[:1]), tf.constant(self.mask[:1]), context
             started = time.perf_counter()
             rule(*one)
             extra = 1000.0 * (time.perf_counter() - started)
@@ -169,8 +176,7 @@ class ClassificationEvaluation:
         result = {}
         for position, name in enumerate(members if len(members) > 1 and isinstance(whole, np.ndarray) else []):
             heard = self.mask & (np.arange(len(members)) != position)
-            fused = rule.probabilities(rule(tf.constant(self.logits), tf.constant(heard))).numpy()
-            values = np.asarray(self.primary.of_classes(labels, fused))
+            values = np.asarray(self.primary.of_classes(labels, self._fused(rule, heard)))
             difference = dict(paired_difference(np.asarray(whole), values, self.samples, self.seed))
             result[name] = {"value": float(np.mean(values)), **difference}
         return result

@@ -14,6 +14,7 @@ from fusion.errors import DataError
 from fusion.files import save_arrays
 from fusion.images import load_images
 from fusion.progress import progress
+from fusion.registry import nearest
 from fusion.training.member import ClassifierMember, LabelledData
 from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
 from fusion.training.separate import Examples
@@ -121,6 +122,20 @@ class ClassificationTask(Stages):
         values = self._content(name)[0]
         return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
 
+    def context(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What rules may read of some rows, float32 `[n, 1]` by name; NaN where it is not a number."""
+        table = self.table.iloc[rows]
+        columns = [c for member in self.experiment.members.values() for c in member.config.columns]
+        texts = join_columns(table, list(dict.fromkeys(columns))) if columns else [""] * len(table)
+        found = {"words": np.log1p([len(text.split()) for text in texts])}
+        for name in self.experiment.context:
+            if name not in table:
+                raise DataError(
+                    f"context names the column '{name}', which is not there: {nearest(name, table.columns)}"
+                )
+            found[name] = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
+        return {name: np.asarray(values, np.float32)[:, None] for name, values in found.items()}
+
     def available(self, name: str) -> np.ndarray:
         """bool `[N]`: the rows that have the member's text or image."""
         return self._content(name)[1]
@@ -146,9 +161,10 @@ class ClassificationTask(Stages):
         if learned:
             logits, mask = self._out_of_fold_logits()
             save_arrays(self.run.path("out_of_fold", "logits.npz"), {"logits": logits, "mask": mask})
-            labels = self.labels[self.rows(TRAIN)]
+            labels, context = self.labels[self.rows(TRAIN)], self.context(self.rows(TRAIN))
         for name in learned:
-            reports[name] = rules[name].fit(logits, mask, labels, seed=derive_seed(self.experiment.seed, "rule", name))
+            seed = derive_seed(self.experiment.seed, "rule", name)
+            reports[name] = rules[name].fit(logits, mask, labels, context=context, seed=seed)
         self._keep_rules(rules, reports)
 
     def _out_of_fold_logits(self) -> tuple[np.ndarray, np.ndarray]:

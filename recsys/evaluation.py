@@ -136,7 +136,8 @@ class Ranker:
         scores `[B, I]`, -inf where the system is silent and where an item is no candidate."""
         scores, mask = self.members(history)
         systems = list(zip(tf.unstack(scores, axis=1), tf.unstack(mask & open_to[:, None], axis=1), strict=True))
-        systems += [(rule(scores, mask), open_to) for rule in self.rules.values()]
+        context = self.members.context(history)
+        systems += [(rule(scores, mask, context), open_to) for rule in self.rules.values()]
         keys = [tf.where(heard & tf.math.is_finite(said), said, -np.inf) for said, heard in systems]
         best = [top_k(key, self.k) for key in keys]
         lists = [tf.where(values > -np.inf, items, PADDING) for values, items in best]
@@ -177,6 +178,7 @@ class SingleScorer(MemberScores):
         self.scorers = [scorer]
         self.speaks = tf.ones([1, items])
         self.personal = [True]
+        self.popularity = None
 
 
 def validator(asked: Question, metric: str, max_users: int = 1000) -> Callable[[tf.Module], dict[str, float]]:

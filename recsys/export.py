@@ -24,7 +24,7 @@ from fusion.export.verify import compare
 from fusion.files import atomic_folder, write_atomically
 from fusion.types import Features
 from recsys.collaborative.base import PADDING
-from recsys.core import MemberScores, RankingCore
+from recsys.core import RankingCore
 from recsys.examples import write_examples
 from recsys.recommender import UNSCORED, ServedRecommender, contents_of
 from recsys.run import PACKAGES
@@ -52,8 +52,7 @@ def export_recommender(task: RankingTask) -> Path:
     Raises GateError when SavedModel or `.tflite` answer other numbers than the members in memory.
     """
     rule = chosen_rule(task)
-    members = task.refitted()
-    core = RankingCore(MemberScores(members), task.rules[rule])
+    core, members = task.exported(rule)
     contents = contents_of(members)
     history, seen = task.known()
     data, k_max = task.interactions, task.experiment.export.k_max
@@ -191,7 +190,12 @@ def _histories(task: RankingTask, longest: int) -> np.ndarray:
 def _write_ranking_tflite(task: RankingTask, core: RankingCore, folder: Path) -> dict[str, Any]:
     length = task.experiment.export.tflite_history
     function = tf.function(
-        lambda history: dict(zip(("scores", "contributions"), core.explained(history), strict=True)),
+        # The contributions to all items cost next to nothing where a rule is additive, and too much elsewhere.
+        lambda history: (
+            dict(zip(("scores", "contributions"), core.explained(history), strict=True))
+            if core.rule.additive
+            else {"scores": core(history)}
+        ),
         input_signature=[tf.TensorSpec([1, length], tf.int32, name="history")],
     )
     path = folder / TFLITE
@@ -224,7 +228,7 @@ def _classifier_sample(task: ClassificationTask, ensemble: Ensemble) -> Features
     """Inputs of the functional model for rows of the test part."""
     rows = task.rows(TEST)[:ROWS]
     names = list(ensemble.members)
-    inputs = ensemble.prepare({name: task.values(name, rows) for name in names})
+    inputs = ensemble.prepare({name: task.values(name, rows) for name in names}, task.context(rows))
     return {**inputs, "mask": np.stack([task.available(name)[rows] for name in names], axis=1)}
 
 

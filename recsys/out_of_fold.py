@@ -87,12 +87,14 @@ def rows_of(data: Interactions, rows: np.ndarray) -> Interactions:
 
 @dataclass
 class FoldScores:
-    """What a learned rule is fitted on: features `[N, S, K]`, mask `[N, S, K]`, labels `[N, K]`, weights `[N, K]`."""
+    """What a learned rule is fitted on: features `[N, F·S, K]`, mask `[N, S, K]`, labels `[N, K]`, weights `[N, K]`,
+    and by name what it may read beside them, `[N, K]`; in the order of the arguments of `Rule.fit`."""
 
     features: np.ndarray
     mask: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
+    context: dict[str, np.ndarray]
 
     @classmethod
     def join(cls, parts: list[FoldScores]) -> FoldScores:
@@ -103,7 +105,16 @@ class FoldScores:
             pad = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
             return np.pad(array, pad)
 
-        return cls(*(np.concatenate([widen(getattr(p, f)) for p in parts]) for f in cls.__annotations__))
+        def joined(arrays: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate([widen(array) for array in arrays])
+
+        return cls(
+            joined([part.features for part in parts]),
+            joined([part.mask for part in parts]),
+            joined([part.labels for part in parts]),
+            joined([part.weights for part in parts]),
+            {name: joined([part.context[name] for part in parts]) for name in parts[0].context},
+        )
 
 
 def sampled_scores(
@@ -136,11 +147,15 @@ def sampled_scores(
         return scores, mask, tf.where(tf.math.is_finite(values), items, PADDING)
 
     @tf.function(reduce_retracing=True)
-    def features_at(scores: tf.Tensor, mask: tf.Tensor, sample: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+    def features_at(
+        history: tf.Tensor, scores: tf.Tensor, mask: tf.Tensor, sample: tf.Tensor
+    ) -> tuple[dict[str, tf.Tensor], tf.Tensor, dict[str, tf.Tensor]]:
         def at(tensor: tf.Tensor) -> tf.Tensor:
             return tf.gather(tensor, sample, axis=2, batch_dims=1)
 
-        return {name: at(rule.normalise(scores, mask)) for name, rule in rules.items()}, at(mask)
+        features = {name: at(rule.normalise(scores, mask)) for name, rule in rules.items()}
+        context = members.context(history, sample)
+        return features, at(mask), {name: tf.broadcast_to(v, tf.shape(sample)) for name, v in context.items()}
 
     result: dict[str, list[FoldScores]] = {name: [] for name in rules}
     per_user = members.items * len(members.names) * (1 + len(rules))
@@ -148,10 +163,11 @@ def sampled_scores(
         unseen = asked.open_to(block)
         scores, mask, best = scored(history, unseen)
         sample, labels, weights = _samples(unseen, asked.relevant[block], best.numpy(), settings.negatives, random)
-        features, known = features_at(scores, mask, sample)
+        features, known, context = features_at(history, scores, mask, sample)
+        read = {name: values.numpy() for name, values in context.items()}
         for name, values in features.items():
             heard = known.numpy() & (weights > 0)[:, None]
-            result[name].append(FoldScores(values.numpy(), heard, labels, weights))
+            result[name].append(FoldScores(values.numpy(), heard, labels, weights, read))
     return result
 
 

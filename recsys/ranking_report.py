@@ -10,10 +10,10 @@ import numpy as np
 from fusion.files import write_atomically
 from fusion.progress import progress
 from fusion.rules.base import Rule
-from fusion.types import derive_seed
+from fusion.types import Context, derive_seed
 from recsys import results
 from recsys.compare import save_values
-from recsys.core import MemberScores, RankingCore
+from recsys.core import RankingCore
 from recsys.evaluation import Question, Ranked, blocks, question, sample
 from recsys.leaks import told, too_good
 from recsys.measuring import users_per_second
@@ -210,7 +210,7 @@ class RankingEvaluation:
         asked = self.test_question
         count = min(self.experiment.evaluation.examples, len(asked.users))
         chosen = np.random.default_rng(self.seed).permutation(asked.users)[:count]
-        core = RankingCore(MemberScores(task.test_members), task.rules[best_rule])
+        core = RankingCore(task.test_scores, task.rules[best_rule])
         served = ServedRecommender(core, data.item_ids, data.user_ids, asked.history, asked.seen, 6)
         outside = data.item_ids[asked.candidates] if not asked.candidates.all() else np.array([""])
         examples = []
@@ -265,11 +265,11 @@ class _Without:
         self.rule = rule
         self.member = member
 
-    def __call__(self, scores: Any, mask: Any) -> Any:
+    def __call__(self, scores: Any, mask: Any, context: Context) -> Any:
         heard = np.arange(scores.shape[1]) != self.member
         # Members are normalised each for itself, so all rules that lack one share this, the costly part.
         features = self.rule.normalise(scores, mask)
-        return self.rule.fuse(features, mask & heard[None, :, None])
+        return self.rule.fuse(features, mask & heard[None, :, None], context)
 
 
 def _columns(matrix: Any, keep: np.ndarray) -> Any:

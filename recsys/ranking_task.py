@@ -18,7 +18,7 @@ from fusion.training.strategy import make_strategy
 from fusion.types import derive_seed
 from recsys.cleaning import clean
 from recsys.collaborative.base import Member, TrainingData
-from recsys.core import MemberScores
+from recsys.core import MemberScores, RankingCore
 from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
 from recsys.fitting import Fitted, fit_member, keep_copy
@@ -33,6 +33,9 @@ from recsys.tuning import tune
 
 TUNING_USERS = 5000
 """Validation users on which settings are chosen; of more a fixed random part."""
+
+
+EVERY_PART = (TRAIN, VALIDATION, TEST, HISTORY)
 
 
 class RankingTask(Stages):
@@ -146,13 +149,18 @@ class RankingTask(Stages):
     @functools.cached_property
     def member_scores(self) -> MemberScores:
         """The scorers of the members as they were trained, side by side."""
-        return MemberScores({name: fitted.member for name, fitted in self.fitted.items()})
+        return MemberScores({name: fitted.member for name, fitted in self.fitted.items()}, self._counts((TRAIN,)))
+
+    @functools.cached_property
+    def test_scores(self) -> MemberScores:
+        """The scorers of `test_members`, side by side."""
+        return MemberScores(self.test_members, self._counts(self._known_to_test))
 
     @functools.cached_property
     def test_members(self) -> dict[str, Member]:
         """The members that are asked about the test part: fitted on training rows, or with validation added."""
         if self.experiment.evaluation.refit:
-            return self._fit_again((TRAIN, VALIDATION))
+            return self._fit_again(self._known_to_test)
         return {name: fitted.member for name, fitted in self.fitted.items()}
 
     # ---- fuse -------------------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ class RankingTask(Stages):
         for name, parts in scores.items():
             joined = FoldScores.join(parts)
             seed = derive_seed(self.experiment.seed, "rule", name)
-            reports[name] = rules[name].fit(joined.features, joined.mask, joined.labels, joined.weights, seed=seed)
+            reports[name] = rules[name].fit(*vars(joined).values(), seed=seed)
         self._keep_rules(rules, reports)
 
     def _out_of_fold_scores(self, rules: dict[str, Rule]) -> dict[str, list[FoldScores]]:
@@ -176,7 +184,8 @@ class RankingTask(Stages):
         for number, fold in enumerate(folds):
             members = {n: f.member for n, f in self._fit_all(self._fold_data(fold), self.recipes).items()}
             asked = fold.question(held_out=self.experiment.held_out_candidates)
-            sampled = sampled_scores(MemberScores(members), rules, asked, settings, derive_seed(seed, number))
+            counts = fold.data.matrix(fold.training_rows).getnnz(axis=0)
+            sampled = sampled_scores(MemberScores(members, counts), rules, asked, settings, derive_seed(seed, number))
             for name, parts in sampled.items():
                 result[name].extend(parts)
         return result
@@ -197,17 +206,25 @@ class RankingTask(Stages):
     def ranker(self, rules: Mapping[str, Callable[..., Any]], part: int = TEST) -> Ranker:
         """Ranks a part by all members and the given rules, lists as long as the longest metric needs."""
         longest = max((parse_metric(name, "candidates").k or 10) for name in self.experiment.metrics)
-        members = MemberScores(self.test_members) if part == TEST else self.member_scores
+        members = self.test_scores if part == TEST else self.member_scores
         return Ranker(members, rules, longest)
 
     def catalogue(self) -> Catalogue:
         """Facts about items for the metrics beyond accuracy: counts in the rows that the members of the test part
         have seen, and content vectors."""
         tables = [f.member.table for f in self.fitted.values() if hasattr(f.member, "table")]
+        counts = self._counts(self._known_to_test)
+        return Catalogue(len(counts), popularity=counts, vectors=tables[0] if tables else None)
+
+    @property
+    def _known_to_test(self) -> tuple[int, ...]:
+        """The parts that the members are fitted on which are asked about the test part."""
+        return (TRAIN, VALIDATION) if self.experiment.evaluation.refit else (TRAIN,)
+
+    def _counts(self, parts: tuple[int, ...]) -> np.ndarray:
+        """How many users took each item in the positive rows of `parts`, int64 `[I]`."""
         data = self.interactions
-        fitted_on = (TRAIN, VALIDATION) if self.experiment.evaluation.refit else (TRAIN,)
-        counts = data.matrix(np.isin(self.parts, fitted_on) & data.positive).getnnz(axis=0).astype(np.int64)
-        return Catalogue(len(data.item_ids), popularity=counts, vectors=tables[0] if tables else None)
+        return data.matrix(np.isin(self.parts, parts) & data.positive).getnnz(axis=0).astype(np.int64)
 
     # ---- export -----------------------------------------------------------------------------------------
 
@@ -222,7 +239,12 @@ class RankingTask(Stages):
         """The members as they are exported: fitted on every positive row, or as they were evaluated."""
         if self.experiment.export.refit == "none":
             return {name: fitted.member for name, fitted in self.fitted.items()}
-        return self._fit_again((TRAIN, VALIDATION, TEST, HISTORY))
+        return self._fit_again(EVERY_PART)
+
+    def exported(self, rule: str) -> tuple[RankingCore, dict[str, Member]]:
+        """What is exported: the rule over its members, and these by name."""
+        parts, members = (TRAIN,) if self.experiment.export.refit == "none" else EVERY_PART, self.refitted()
+        return RankingCore(MemberScores(members, self._counts(parts)), self.rules[rule]), members
 
     def known(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """`[U, I]` positives and everything seen, as the exported artifact knows them: every row, refitted or not.

@@ -12,7 +12,7 @@ from fusion.compat import keras, tf
 from fusion.errors import ConfigError
 from recsys.collaborative.base import PADDING, Member, constant
 from recsys.collaborative.content import Contents
-from recsys.core import RankingCore
+from recsys.core import RankingCore, Said
 from recsys.retrieval import top_k
 
 UNSCORED = float(np.finfo(np.float32).min)
@@ -116,8 +116,9 @@ class ServedRecommender(tf.Module):
         hidden = self._marked(tf.concat([self.seen(user), given, excluded], axis=1))
         restricted = tf.reduce_any(include != "", axis=1, keepdims=True)
         allowed = self._marked(self.item_table.lookup(include)) | ~restricted
-        fused, contributions = self.core.explained(numbers)
-        answer = self._explained(tf.where(hidden | ~allowed, -np.inf, fused), contributions, k)
+        said = self.core.said(numbers)
+        fused = self.core.rule.fuse(*said)
+        answer = self._explained(tf.where(hidden | ~allowed, -np.inf, fused), said, k)
         return {**answer, "known_user": user >= 0}
 
     @tf.function(input_signature=[_ids("item_id", 1), tf.TensorSpec([None], tf.int32, name="k")])
@@ -128,11 +129,9 @@ class ServedRecommender(tf.Module):
         item is answered by the members that read content, an unknown one not at all, and no item is like itself.
         """
         number = self.item_table.lookup(item_id)[:, None]
-        scores, mask = self.core.members(number)
-        personal = mask & tf.constant(self.core.members.personal)[None, :, None]
-        contributions, _ = self.core.rule.contributions(scores, personal)
-        fused = self.core.rule(scores, personal)
-        return self._explained(tf.where(self._marked(number), -np.inf, fused), contributions, k)
+        said = self.core.said(number, personal=True)
+        fused = self.core.rule.fuse(*said)
+        return self._explained(tf.where(self._marked(number), -np.inf, fused), said, k)
 
     def _search_function(self, embed: Any, table: tf.Variable, silent: tf.Variable) -> Any:
         """`search_<name>`: an example, given as the encoder's named inputs, -> the k items nearest to it by the cosine
@@ -170,10 +169,10 @@ class ServedRecommender(tf.Module):
         counts = tf.scatter_nd(self._cells(numbers), tf.ones_like(numbers), shape)
         return counts[:, : self.items] > 0
 
-    def _explained(self, scores: tf.Tensor, contributions: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _explained(self, scores: tf.Tensor, said: Said, k: tf.Tensor) -> dict[str, tf.Tensor]:
         """`_best` with each member's contribution to the returned items, 0 where there is none."""
         answer = self._best(scores, k)
-        shares = tf.gather(contributions, tf.maximum(answer.pop("numbers"), 0), axis=2, batch_dims=1)
+        shares, _ = self.core.rule.weigh(*said.at(tf.maximum(answer.pop("numbers"), 0)))
         empty = (answer["item_ids"] == "")[:, None, :]
         return {**answer, "contributions": tf.where(empty, 0.0, shares)}
 

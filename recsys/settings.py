@@ -16,6 +16,7 @@ from fusion.training.strategy import StrategySettings, check_batch, make_strateg
 from fusion.types import Over
 from recsys.cleaning import CleaningSettings
 from recsys.collaborative import MEMBERS
+from recsys.core import CONTEXT
 from recsys.datasets import READERS
 from recsys.metrics import parse_metric
 from recsys.presets import with_preset
@@ -124,6 +125,11 @@ class Experiment(Settings):
 
     _over: ClassVar[Over] = "candidates"
 
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """Names of the context that rules may read."""
+        return CONTEXT
+
     def _task_metrics(self) -> tuple[str, ...]:
         raise ConfigError("an experiment must say its task: recommendation or classification.")
 
@@ -153,6 +159,9 @@ class Experiment(Settings):
         for name, rule in self.rules.items():
             try:
                 RULES[rule.kind].check(rule.config, list(self.members))  # type: ignore[attr-defined]
+                for read in RULES[rule.kind].reads(rule.config):
+                    if read not in self.readable:
+                        raise ConfigError(f"nothing is known of '{read}' here: {nearest(read, self.readable)}")
             except ConfigError as error:
                 raise ConfigError(f"rules.{name}: {error}") from None
         if self.export.rule != "best" and self.export.rule not in self.rules:
@@ -207,7 +216,14 @@ class ClassificationExperiment(Experiment):
     """What the ensemble does."""
     members: dict[str, part_of(CLASSIFIERS, default="neural")] = Field(min_length=1)  # type: ignore[valid-type]
     """The members by name, in the order of the axis S."""
+    context: tuple[str, ...] = ()
+    """Numeric columns of the examples that rules may read, beside `words`, the logarithm of 1 + words of the text."""
     _over: ClassVar[Over] = "classes"
+
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """Names of the context that rules may read."""
+        return ("words", *self.context)
 
     def _task_metrics(self) -> tuple[str, ...]:
         return CLASS_METRICS

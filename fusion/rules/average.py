@@ -10,7 +10,7 @@ from pydantic import Field
 from fusion.compat import keras, tf
 from fusion.rules.base import MemberWeights, Rule, RuleSettings, given_weights
 from fusion.rules.normalisation import Normalisation, exponential, over_candidates, ranks, speaking_rows
-from fusion.types import Over
+from fusion.types import Context, Over
 
 Mean = Literal["arithmetic", "geometric", "rank"]
 
@@ -76,6 +76,6 @@ class Average(Rule):
         log_probabilities = self._log_probabilities(scores, mask)
         return log_probabilities if self.in_logs else exponential(log_probabilities)
 
-    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+    def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """The mean's terms and bias."""
         return self._weighted_mean(features, mask, self._weights)

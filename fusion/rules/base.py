@@ -21,7 +21,7 @@ from fusion.errors import ConfigError, DataError
 from fusion.registry import nearest
 from fusion.rules.fitting import CandidateLists, ClassRows, candidate_lists, class_rows
 from fusion.rules.normalisation import fit_temperature, log_softmax, speaking, speaking_rows
-from fusion.types import Over
+from fusion.types import Context, Over
 
 MemberWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 """A weight for each member by name."""
@@ -41,6 +41,8 @@ class Rule(keras.layers.Layer):
         config: the settings.
         members: names in the order of axis S.
         over: what axis C runs over, `classes` or `candidates`.
+        additive: of a class: a member's term needs no other member's scores but for who speaks, so that terms may be
+            made for all candidates at once. Rules that are not derive from `fusion.rules.shapley.ShapleyRule`.
         learned: of a class: rules of this kind learn weights when none are given; of an object: `fit` has
             something to do (weights, or the temperatures of members over classes).
 
@@ -49,6 +51,7 @@ class Rule(keras.layers.Layer):
     """
 
     Config: ClassVar[type[RuleSettings]] = RuleSettings
+    additive: ClassVar[bool] = True
     learned: bool = False
 
     def __init__(self, config: RuleSettings, members: Sequence[str], over: Over, **kwargs: Any) -> None:
@@ -74,6 +77,11 @@ class Rule(keras.layers.Layer):
         """F: how many numbers `normalise` gives of each member and candidate."""
         return 1
 
+    @classmethod
+    def reads(cls, config: RuleSettings) -> tuple[str, ...]:
+        """Names of the context that a rule with these settings needs; most need none."""
+        return ()
+
     def normalise(self, scores: Any, mask: Any = None) -> Any:
         """The members' scores on one scale, `[B, S, C]`, NaN where silent.
 
@@ -82,7 +90,7 @@ class Rule(keras.layers.Layer):
         """
         raise NotImplementedError
 
-    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+    def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """Terms `[B, S, C]`, 0 where silent, and the bias `[B, C]`, -inf for candidates without a voice."""
         raise NotImplementedError
 
@@ -114,32 +122,25 @@ class Rule(keras.layers.Layer):
                 f"{f'{repeated[0]!r} twice' if repeated else 'none'}. Correct the list of members."
             )
 
-    def combine(self, features: Any, mask: Any = None) -> Any:
-        """The additive terms `[B, S, C]` of normalised features; 0 where a member is silent."""
-        return self.weigh(features, mask)[0]
-
-    def terms(self, scores: Any, mask: Any = None) -> Any:
-        """The additive terms `[B, S, C]` of raw scores."""
-        return self.combine(self.normalise(scores, mask), mask)
-
-    def fuse(self, features: Any, mask: Any = None) -> Any:
+    def fuse(self, features: Any, mask: Any = None, context: Context | None = None) -> Any:
         """The fused score `[B, C]` of normalised features."""
-        terms, bias = self.weigh(features, mask)
+        terms, bias = self.weigh(features, mask, context)
         return tf.reduce_sum(terms, axis=1) + bias
 
-    def call(self, scores: Any, mask: Any = None) -> Any:
+    def call(self, scores: Any, mask: Any = None, context: Context | None = None) -> Any:
         """The fused score, float32 `[B, C]`.
 
         Args:
             scores: `[B, S, C]`: logits for classes, the members' own scores for candidates.
             mask: None, `[B, S]` or broadcastable to `[B, S, C]`; False silences, and so does a score that is
                 not finite.
+            context: what `reads` names; others are ignored.
         """
-        return self.fuse(self.normalise(scores, mask), mask)
+        return self.fuse(self.normalise(scores, mask), mask, context)
 
-    def contributions(self, scores: Any, mask: Any = None) -> tuple[Any, Any]:
+    def contributions(self, scores: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """What each member adds, `[B, S, C]`, and the bias, `[B, C]`; their sum is the fused score."""
-        return self.weigh(self.normalise(scores, mask), mask)
+        return self.weigh(self.normalise(scores, mask), mask, context)
 
     def probabilities(self, fused: Any) -> Any:
         """Probabilities `[B, C]` of the fused scores of classes; ValueError over candidates."""
@@ -155,6 +156,7 @@ class Rule(keras.layers.Layer):
         mask: np.ndarray | None,
         labels: np.ndarray,
         weights: np.ndarray | None = None,
+        context: Context | None = None,
         *,
         seed: int = 0,
     ) -> dict[str, Any]:
@@ -169,6 +171,7 @@ class Rule(keras.layers.Layer):
             mask: None, `[N, S]`, or broadcastable to `[N, S, C]` (`[N, S, K]`).
             labels: classes: int `[N]`; candidates: bool `[N, K]`, the positives.
             weights: classes: of the rows, `[N]`; candidates: how many candidates each stands for, `[N, K]`.
+            context: what `reads` names, `[N, 1]` or `[N, K]`.
             seed: of whatever is drawn at random.
 
         Returns:
@@ -183,11 +186,11 @@ class Rule(keras.layers.Layer):
             raise TypeError(f"the rule '{type(self).__name__.lower()}' as configured has nothing to learn.")
         self._check_members(features)
         if self.over == "classes":
-            rows = class_rows(features, mask, labels, weights)
+            rows = class_rows(features, mask, labels, weights, self._context(context))
             report = self._fit_classes(rows, seed)
             temperatures = self._numbers["temperatures"].numpy()
             return {**report, "rows": len(rows.labels), "temperatures": self._by_member(temperatures)}
-        lists = candidate_lists(features, mask, labels, weights, len(self.members))
+        lists = candidate_lists(features, mask, labels, weights, len(self.members), self._context(context))
         return {**self._fit_candidates(lists, seed), "rows": len(lists.positives)}
 
     def state(self) -> dict[str, np.ndarray]:
@@ -229,6 +232,17 @@ class Rule(keras.layers.Layer):
         )
         self._numbers[name] = variable
         return variable
+
+    def _context(self, context: Context | None) -> Context:
+        """The part of the context that this rule reads; DataError when something is missing."""
+        names = self.reads(self.config)
+        missing = sorted(set(names) - set(context or {}))
+        if missing:
+            raise DataError(
+                f"the rule '{type(self).__name__.lower()}' reads {', '.join(names)}; {', '.join(missing)} is not "
+                f"given. Pass context, or leave it out of the rule's settings."
+            )
+        return {name: (context or {})[name] for name in names}
 
     def _check_members(self, features: np.ndarray) -> None:
         expected = len(self.members) * self.features_per_member

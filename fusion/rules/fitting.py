@@ -6,7 +6,7 @@ Rows on which no member speaks, and lists that teach nothing, are left out here,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from fusion.compat import tf
 from fusion.errors import DataError
 from fusion.rules.normalisation import LARGEST
+from fusion.types import Context
 
 BLOCK = 4_000_000
 """Numbers of the largest array that are cast to float64 at a time."""
@@ -29,12 +30,14 @@ class ClassRows:
         speaks: bool `[N, S]`, at least one in each row.
         labels: int64 `[N]`.
         weights: float64 `[N]` of the rows.
+        context: float32 `[N, 1]` by name.
     """
 
     logits: np.ndarray
     speaks: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
+    context: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,22 @@ class CandidateLists:
         speaks: bool `[N, S, K]`.
         positives: bool `[N, K]`, at least one in each list on which a member speaks.
         weights: float64 `[N, K]`: how many candidates of the catalogue each one stands for.
+        context: float32 `[N, 1]` or `[N, K]` by name.
     """
 
     features: np.ndarray
     speaks: np.ndarray
     positives: np.ndarray
     weights: np.ndarray
+    context: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def class_rows(
-    logits: np.ndarray, mask: np.ndarray | None, labels: np.ndarray, weights: np.ndarray | None
+    logits: np.ndarray,
+    mask: np.ndarray | None,
+    labels: np.ndarray,
+    weights: np.ndarray | None,
+    context: Context | None = None,
 ) -> ClassRows:
     """Checks and cuts what `Rule.fit` takes over classes; DataError when shapes or labels do not fit."""
     logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
@@ -79,7 +88,7 @@ def class_rows(
         )
     logits, speaks = logits[kept], speaks[kept]
     logits = np.where(speaks[:, :, None], logits, np.float32(0))
-    return ClassRows(logits, speaks, labels[kept].astype(np.int64), row_weights[kept])
+    return ClassRows(logits, speaks, labels[kept].astype(np.int64), row_weights[kept], _rows_of(context, kept))
 
 
 def candidate_lists(
@@ -88,6 +97,7 @@ def candidate_lists(
     positives: np.ndarray,
     weights: np.ndarray | None,
     members: int,
+    context: Context | None = None,
 ) -> CandidateLists:
     """Checks and cuts what `Rule.fit` takes over candidates; DataError when no list can teach anything."""
     features, positives = np.asarray(features, np.float32), np.asarray(positives, bool)
@@ -106,7 +116,13 @@ def candidate_lists(
             "a rule is fitted on lists that hold a positive and another candidate which members score; "
             f"received {len(features)} lists and no such list. Use a rule that is not learned, or more data."
         )
-    return CandidateLists(features[kept], speaks[kept], (positives & counted)[kept], importance[kept])
+    return CandidateLists(
+        features[kept], speaks[kept], (positives & counted)[kept], importance[kept], _rows_of(context, kept)
+    )
+
+
+def _rows_of(context: Context | None, kept: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values, np.float32)[kept] for name, values in (context or {}).items()}
 
 
 def _speaking(scores: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

@@ -9,17 +9,18 @@ import numpy as np
 from pydantic import Field
 
 from fusion.compat import keras, tf
-from fusion.rules.base import Rule, RuleSettings, weighted_mean
+from fusion.rules.base import weighted_mean
 from fusion.rules.fitting import CandidateLists, ClassRows
-from fusion.rules.normalisation import Normalisation, exponential, over_candidates, speaking
-from fusion.types import Over, derive_seed
+from fusion.rules.normalisation import Normalisation, speaking
+from fusion.rules.scaled import ScaledRule, ScaledSettings
+from fusion.types import Context, Over, derive_seed
 
 Goodness = Callable[[tuple[int, ...]], np.ndarray]
 """How often each member is in the ensemble -> how good that ensemble is on every row, `[N]`, higher is better."""
 
 
 @keras.saving.register_keras_serializable("fusion")
-class Greedy(Rule):
+class Greedy(ScaledRule):
     """Forward selection with replacement (Caruana et al. 2004, "Ensemble selection from libraries of models").
 
     Starting from nothing, the member is added, again if need be, whose addition helps the mean most: NDCG@k of
@@ -34,15 +35,11 @@ class Greedy(Rule):
 
     learned = True
 
-    class Config(RuleSettings):
+    class Config(ScaledSettings):
         """Settings of the selection."""
 
         normalisation: Normalisation = "standardise"
         """Candidates: the scale on which members are averaged: standardise, rank, log_rank, softmax or none."""
-        temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-        """Candidates: what z-scores are divided by before the softmax."""
-        top_n: int = Field(1000, ge=1)
-        """Candidates: how many of a member's best items have a rank."""
         k: int = Field(20, ge=1, le=1000)
         """Candidates: the length of the lists whose NDCG counts."""
         steps: int = Field(12, ge=1, le=100)
@@ -63,14 +60,7 @@ class Greedy(Rule):
     def _learns(self) -> bool:
         return True
 
-    def normalise(self, scores: Any, mask: Any = None) -> Any:
-        """Classes: calibrated probabilities; candidates: as the key `normalisation` says."""
-        if self.over == "classes":
-            return exponential(self._log_probabilities(scores, mask))
-        config = self.config
-        return over_candidates(config.normalisation, scores, mask, config.top_n, config.temperature)
-
-    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+    def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """The mean over the chosen members, or over all where no chosen one speaks on any entry of a row."""
         speaks = speaking(features, mask)
         terms, voiced = weighted_mean(features, speaks, self._numbers["weights"])

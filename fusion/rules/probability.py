@@ -12,10 +12,10 @@ from scipy.special import softmax as numpy_softmax
 
 from fusion.compat import keras, tf
 from fusion.errors import ConfigError
-from fusion.rules.base import MemberWeights, Rule, RuleSettings, given_weights, weighted_mean
+from fusion.rules.base import MemberWeights, given_weights, weighted_mean
 from fusion.rules.fitting import CandidateLists, ClassRows, RowLoss, list_wise_loss, minimise
-from fusion.rules.normalisation import Normalisation, exponential, over_candidates
-from fusion.types import Over
+from fusion.rules.scaled import ScaledRule, ScaledSettings
+from fusion.types import Context, Over
 
 ITERATIONS = 5000
 """Of the weight update over classes; it stops earlier when no weight moves by 1e-9."""
@@ -28,7 +28,7 @@ LOGARITHMS = (-10.0, 10.0)
 
 
 @keras.saving.register_keras_serializable("fusion")
-class Probability(Rule):
+class Probability(ScaledRule):
     """Weighted mean: of calibrated probabilities over classes, of normalised scores over candidates.
 
     Weights that are not given are fitted. Classes: the log-loss of the mixture, convex in the weights, by EM
@@ -40,17 +40,11 @@ class Probability(Rule):
 
     learned = True
 
-    class Config(RuleSettings):
+    class Config(ScaledSettings):
         """Settings of the weighted mean."""
 
         weights: MemberWeights | None = None
         """A weight for each member, sum 1; fitted when not given."""
-        normalisation: Normalisation = "log_rank"
-        """Candidates: the scale on which members are mixed: standardise, rank, log_rank, softmax or none."""
-        temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-        """Candidates: what z-scores are divided by before the softmax."""
-        top_n: int = Field(1000, ge=1)
-        """Candidates: how many of a member's best items have a rank."""
         shrinkage: float = Field(10.0, ge=0, allow_inf_nan=False)
         """How many rows of equal weights the fit imagines beside the real ones; 0 trusts the data alone."""
 
@@ -75,14 +69,7 @@ class Probability(Rule):
     def _learns(self) -> bool:
         return self.config.weights is None or super()._learns()
 
-    def normalise(self, scores: Any, mask: Any = None) -> Any:
-        """Classes: calibrated probabilities; candidates: as the key `normalisation` says."""
-        if self.over == "classes":
-            return exponential(self._log_probabilities(scores, mask))
-        config = self.config
-        return over_candidates(config.normalisation, scores, mask, config.top_n, config.temperature)
-
-    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+    def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """The weighted mean's terms and bias."""
         return self._weighted_mean(features, mask, self._numbers["weights"])
 

@@ -12,7 +12,7 @@ from fusion.compat import keras, tf
 from fusion.rules.base import Rule, RuleSettings
 from fusion.rules.fitting import CandidateLists, ClassRows, RowLoss, class_loss, list_wise_loss, minimise
 from fusion.rules.normalisation import over_candidates, speaking
-from fusion.types import Over, derive_seed
+from fusion.types import Context, Over, derive_seed
 
 Feature = Literal["standardise", "rank", "log_rank"]
 
@@ -117,7 +117,7 @@ class Stacker(Rule):
         features = [over_candidates(kind, scores, mask, self.config.top_n, 1.0) for kind in self.config.features]
         return features[0] if len(features) == 1 else tf.concat(features, axis=1)
 
-    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+    def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """The learned terms, and the bias of classes where a member speaks."""
         speaks = speaking(features[:, : len(self.members)], mask)
         numbers = self._numbers

@@ -11,7 +11,7 @@ from pydantic import Field
 from fusion.compat import keras, tf
 from fusion.rules.base import MemberWeights, Rule, RuleSettings, given_weights
 from fusion.rules.normalisation import list_length, silence, speaking, speaking_candidates, spread_by_rank
-from fusion.types import Over
+from fusion.types import Context, Over
 
 RESOLUTION = 1e-5
 """Sums of votes closer than this share of all weights are a tie."""
@@ -71,7 +71,7 @@ class Vote(Rule):
             points = 1.0 / (self.config.k + rank)
         return spread_by_rank(scores, speaking_candidates(scores, mask), points)
 
-    def weigh(self, features: Any, mask: Any = None) -> tuple[Any, Any]:
+    def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """The mean of ballots or of points."""
         return self._weighted_mean(self._ballots(features) if self.over == "classes" else features, mask, self._weights)
 

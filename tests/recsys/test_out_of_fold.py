@@ -208,6 +208,16 @@ def test_samples_are_a_function_of_the_seed() -> None:
     assert not np.array_equal(first.features, other.features)
 
 
+def test_what_rules_may_read_stands_beside_each_candidate() -> None:
+    """Context `[N, K]`: how many items a user has, the same for all candidates, and how popular each candidate is."""
+    members = MemberScores({"item": ItemNumber(), "who": WhoAsks()}, np.arange(ITEMS))
+    parts = sampled_scores(members, {"r": AsItIs()}, asked_of_all(), OutOfFoldSettings(negatives=5, shortlist=8), 0)
+    found = FoldScores.join(parts["r"])
+    there = found.weights > 0
+    assert (found.context["history_length"][there] == np.float32(np.log(2))).all()
+    np.testing.assert_allclose(found.context["popularity"][there], np.log1p(found.features[:, 0][there]), rtol=1e-6)
+
+
 def test_at_most_so_many_users() -> None:
     found = sampled(OutOfFoldSettings(max_users=6))
     users = found.features[:, 1, 0].astype(int)
@@ -217,9 +227,11 @@ def test_at_most_so_many_users() -> None:
 def test_lists_of_different_length_are_filled_up_without_weight() -> None:
     def part(width: int) -> FoldScores:
         shape = (2, width)
-        return FoldScores(np.ones((2, 3, width)), np.ones((2, 3, width), bool), np.ones(shape, bool), np.ones(shape))
+        known = np.ones((2, 3, width), bool)
+        return FoldScores(np.ones((2, 3, width)), known, np.ones(shape, bool), np.ones(shape), {"x": np.ones(shape)})
 
     joined = FoldScores.join([part(4), part(2)])
     assert joined.features.shape == (4, 3, 4) and joined.labels.shape == (4, 4)
+    assert joined.context["x"].shape == (4, 4)
     assert joined.weights.tolist() == [[1, 1, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2
     assert not joined.mask[2:, :, 2:].any() and not joined.labels[2:, 2:].any()
