@@ -22,7 +22,7 @@ from fusion.types import History, RunOptions, derive_seed
 from recsys.collaborative import MEMBERS
 from recsys.collaborative.base import Member, TrainingData
 from recsys.collaborative.content import Contents, embedding_table, read_content
-from recsys.collaborative.features import multi_hot, split_categories
+from recsys.collaborative.features import check_contents, multi_hot, split_categories
 
 VECTORS: dict[str, tuple[str, ...]] = {
     "ials": ("factors",),
@@ -89,15 +89,7 @@ class ContentRegression(Member):
                 f"the base must be a member with vectors of items, one of {', '.join(VECTORS)}; received "
                 f"'{config.base.kind}'."
             )
-        for name, content in config.content.items():
-            part = content.encoder
-            if part.registry[part.kind].modality == "text" and not content.columns:
-                raise ConfigError(f"the text content '{name}' must name its columns, as in 'columns: [title]'.")
-            if not part.make(0).frozen:
-                raise ConfigError(
-                    f"the content '{name}' must have an encoder that is used as it is; {part.kind} would be trained. "
-                    "Set fine_tune: 0, or make it a content member of its own."
-                )
+        check_contents(config.content)
 
     def fit(self, data: TrainingData, options: RunOptions) -> History | None:
         warm = data.counts > 0

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,15 +95,15 @@ class ItemFeatures:
         return self.table[:, sum(self.widths[:-2]) :]
 
 
-def check_features(settings: FeatureSettings) -> None:
+def check_contents(contents: Mapping[str, Any]) -> None:
     """Raises ConfigError for a text encoder without columns and for an encoder that would have to be trained."""
-    for name, feature in settings.content.items():
+    for name, feature in contents.items():
         part = feature.encoder
         if part.registry[part.kind].modality == "text" and not feature.columns:
-            raise ConfigError(f"the text feature '{name}' must name its columns, as in 'columns: [title]'.")
+            raise ConfigError(f"the text content '{name}' must name its columns, as in 'columns: [title]'.")
         if not part.make(0).frozen:
             raise ConfigError(
-                f"the feature '{name}' must have an encoder that is used as it is; {part.kind} would be trained here. "
+                f"the content '{name}' must have an encoder that is used as it is; {part.kind} would be trained here. "
                 "Set fine_tune: 0, take a pretrained encoder, or make it a content member of its own."
             )
 

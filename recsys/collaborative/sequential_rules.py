@@ -17,8 +17,8 @@ class SequentialRules(NeighbourState, Member):
 
     The rules of Ludewig & Jannach 2018 ("Evaluation of session-based recommendation algorithms", SR), normalised
     like a cosine so that popular items do not follow everything. Pairs against the order of time count `backward`.
-    In an answer the latest items of a history weigh most. Without times the order is that of the item numbers, and
-    the member is of no use.
+    In an answer the latest items of a history weigh most. Without times histories stand in the order of item numbers,
+    which says nothing: the member is silent then.
     """
 
     class Config(Settings):
@@ -41,10 +41,11 @@ class SequentialRules(NeighbourState, Member):
         def normalised(rows: np.ndarray, columns: np.ndarray, sums: np.ndarray) -> np.ndarray:
             return sums / (root[rows] * root[columns] + self.config.shrinkage + 1e-12)
 
-        self.index, self.weight, self.truncation = strongest_of_rows(
-            self._follows(data.matrix), self.config.neighbours, normalised
-        )
-        self.speaks = data.counts > 0
+        ordered = in_order_of_time(data.matrix)
+        items = data.matrix.shape[1]
+        follows = self._follows(data.matrix) if ordered else sparse.csr_matrix((items, items), dtype=np.float32)
+        self.index, self.weight, self.truncation = strongest_of_rows(follows, self.config.neighbours, normalised)
+        self.speaks = (data.counts > 0) & ordered
 
     def _follows(self, matrix: sparse.csr_matrix) -> sparse.csr_matrix:
         """`[I, I]`: how often, and how closely, an item (column) comes after another one (row)."""
@@ -57,3 +58,9 @@ class SequentialRules(NeighbourState, Member):
             weight = np.full(len(earlier), 1.0 / steps, np.float32)
             forward += sparse.csr_matrix((weight, (earlier, later)), shape=(items, items))
         return (forward + self.config.backward * forward.T).tocsr()
+
+
+def in_order_of_time(matrix: sparse.csr_matrix) -> bool:
+    """Whether histories have an order of their own: at least one is not in the order of item numbers."""
+    users = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    return bool(np.any((np.diff(matrix.indices) < 0) & (np.diff(users) == 0)))

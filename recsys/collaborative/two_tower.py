@@ -26,7 +26,7 @@ from recsys.collaborative.base import (
     with_padding_row,
 )
 from recsys.collaborative.content import principal_axes
-from recsys.collaborative.features import FeatureSettings, check_features, item_features
+from recsys.collaborative.features import FeatureSettings, check_contents, item_features
 from recsys.collaborative.pairs import HistoryPairs, train_towers
 
 BLOCK = 4096
@@ -88,7 +88,7 @@ class TwoTower(Member):
     @classmethod
     def check(cls, config: Any) -> None:
         """Raises ConfigError for a text feature without columns, and for encoders that would have to be trained."""
-        check_features(config.features)
+        check_contents(config.features.content)
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
         self.features = item_features(self.config.features, data, options, self.seed)

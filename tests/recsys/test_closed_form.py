@@ -111,6 +111,18 @@ class TestStrongest:
             assert matrix.indices.tolist() == [2, 0, 1, 2, 1], kind
 
 
+class TestSequentialRules:
+    def test_silent_where_histories_have_no_order(self, tmp_path: Path) -> None:
+        """Without times a history stands in the order of item numbers: what follows what says nothing then."""
+        ascending = sparse.csr_matrix(np.array([[1, 1, 0], [1, 1, 1]], np.float32))
+        member = fit("sequential_rules", ascending, tmp_path, neighbours=2)
+        assert not member.speaks.any() and not member.weight.any()
+        turned = ascending.copy()
+        turned.indices[-3:] = [2, 0, 1]  # one history in another order is order enough
+        turned.has_sorted_indices = False
+        assert fit("sequential_rules", turned, tmp_path, neighbours=2).speaks.all()
+
+
 class TestRP3Beta:
     def test_walks_worked_by_hand(self, tmp_path: Path) -> None:
         """P3alpha with alpha 1: from item 0 over its users 0, 1, 2 (a third each) to item 1, which is one of 2 items
