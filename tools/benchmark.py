@@ -14,6 +14,7 @@ EXAMPLES = """  python tools/benchmark.py --world gowalla-size
   python tools/benchmark.py scoring
   python tools/benchmark.py scoring --users 5000 --items 9000 -k 10 --json
   python tools/benchmark.py retrieval --items 1000000
+  python tools/benchmark.py towers --on gowalla-size --epochs 8
 """
 
 
@@ -39,9 +40,15 @@ def main() -> int:
     nearest.add_argument("--dimensions", type=cli.positive, default=64)
     nearest.add_argument("-k", type=cli.positive, default=100)
     nearest.add_argument("--json", action="store_true", help="print JSON")
+    towers = commands.add_parser("towers", help="the factorisation trained in Keras beside TFRS's two towers")
+    towers.add_argument("--on", metavar="NAME", default="gowalla-size", help="a made-up data set (as for --world)")
+    towers.add_argument("--factors", type=cli.positive, default=64)
+    towers.add_argument("--batch", type=cli.positive, default=1024)
+    towers.add_argument("--epochs", type=cli.positive, default=8)
+    towers.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if (args.world is None) == (args.command is None):
-        parser.error("either --world NAME or a command, scoring or retrieval, must be given")
+        parser.error("either --world NAME or a command (scoring, retrieval, towers) must be given")
 
     # Numerical libraries read these when they are loaded: kernels of an old processor measure nothing.
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
@@ -52,6 +59,10 @@ def main() -> int:
         result = benchmarks.measure_scoring(args.users, args.items, args.dimensions, args.seen, args.k, args.block)
     elif args.command == "retrieval":
         result = benchmarks.measure_retrieval(args.items, args.dimensions, args.k)
+    elif args.command == "towers":
+        from recsys.tower_benchmark import measure_towers
+
+        result = measure_towers(args.on, factors=args.factors, batch=args.batch, epochs=args.epochs)
     else:
         members = benchmarks.FITTED if args.members is None else args.members
         result = benchmarks.measure_world(

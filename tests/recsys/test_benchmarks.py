@@ -15,6 +15,7 @@ from recsys import benchmarks
 from recsys.benchmarks import World, measure_world, recall, user_and_item_vectors
 from recsys.collaborative import MEMBERS
 from recsys.collaborative.base import PADDING
+from recsys.tower_benchmark import measure_towers
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +90,14 @@ def test_text_shows_every_number() -> None:
     assert [line.split() for line in text.splitlines()] == [
         ["a"], ["b", "1.25"], ["c", "12,345"], ["name", "x"], ["skipped:", "y", "is", "not", "there"],
     ]  # fmt: skip
+
+
+def test_the_factorisation_is_measured_beside_tfrs() -> None:
+    """A5: ours and TFRS's two towers, in turns, over the same pairs; one epoch is enough to beat chance."""
+    measured = json.loads(run_tool("benchmark", "towers", "--on", "small-size", "--factors", 8, "--epochs", 2,
+                                   "--json").out)  # fmt: skip
+    for system in ("ours", "tfrs"):
+        assert measured[system]["samples_per_s"] > 0 and measured[system]["recall@20"] > 20 / 900, "above chance"
+    assert measured["speed_ratio"] > 0
+    with pytest.raises(ConfigError, match="epochs must be 2 or more"):
+        measure_towers("small-size", epochs=1)
