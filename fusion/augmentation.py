@@ -7,13 +7,14 @@ the rows of the batch, so that an interrupted run draws it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from fusion.compat import tf
 from fusion.config import Settings
+from fusion.errors import ConfigError
 
 
 class ImageAugmentation(Settings):
@@ -32,7 +33,7 @@ class ImageAugmentation(Settings):
     noise: float = Field(0.0, ge=0, le=128)
     """Standard deviation of normal noise, in grey levels of 255."""
 
-    def apply(self, images: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def apply(self, images: Any, random: np.random.Generator) -> np.ndarray:
         """Images uint8 `[N, H, W, 3]` -> the same shape; what comes from beyond an edge is the nearest pixel."""
         result = images
         if self.flip_horizontal or self.flip_vertical or self.rotation or self.zoom or self.crop:
@@ -74,7 +75,7 @@ class TextAugmentation(Settings):
     mask: float = Field(0.0, ge=0, lt=1)
     """Chance of every word to be hidden: it becomes [MASK], which encoders without such a token do not know."""
 
-    def apply(self, texts: Sequence[str], random: np.random.Generator) -> list[str]:
+    def apply(self, texts: Any, random: np.random.Generator) -> list[str]:
         """Texts -> as many texts; words are what stands between blanks."""
         return [self._reworded(text.split(), random) for text in texts]
 
@@ -106,4 +107,32 @@ def _resampled(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
     return np.rint(seen.numpy()).astype(np.uint8)
 
 
-Augmentation = ImageAugmentation | TextAugmentation
+class Augmentation(Settings):
+    """What training does to the values of a member."""
+
+    image: ImageAugmentation = ImageAugmentation()
+    """Of images."""
+    text: TextAugmentation = TextAugmentation()
+    """Of texts."""
+
+    def of(self, modality: str) -> ImageAugmentation | TextAugmentation | None:
+        """What is done to values of one modality; None where nothing is."""
+        known: dict[str, ImageAugmentation | TextAugmentation] = {"image": self.image, "text": self.text}
+        chosen = known.get(modality)
+        return None if chosen is None or chosen == type(chosen)() else chosen
+
+    def check(self, modality: str, *, trained: bool) -> None:
+        """Raises ConfigError for a modality that the member does not read, and where no encoder sees the values anew.
+
+        Args:
+            trained: whether the whole encoder is trained; what is frozen of one runs once over the values.
+        """
+        asked = [name for name in type(self).model_fields if self.of(name)]
+        wrong = [name for name in asked if name != modality]
+        if wrong:
+            raise ConfigError(f"augmentation.{wrong[0]} is for members that read it; this one's is {modality}.")
+        if asked and not trained:
+            raise ConfigError(
+                "augmentation needs an encoder that is trained whole, because a frozen part sees each value once. "
+                "Set fine_tune: all, or take the augmentation out."
+            )

@@ -34,8 +34,9 @@ def embed(
 ) -> np.ndarray:
     """The embedding of each value, float32 `[N, D]` in the order of `values`.
 
-    Values are what `submodel.prepare` takes: texts, or images as uint8 `[N, H, W, 3]` (a memory map is read batch by
-    batch). Equal texts are computed once, and texts of similar length share a batch, so that little is padded.
+    Values are what `submodel.prepare` takes: texts, images as uint8 `[N, H, W, 3]` (a memory map is read batch by
+    batch), or rows of a table. Equal texts are computed once, and texts of similar length share a batch, so that
+    little is padded.
 
     With `cache_dir` the result is kept as `.npy` under the hash of the submodel's fingerprint and of the values, and
     a file whose own hash is wrong is computed anew. Raises MachineError when the cache cannot be written.
@@ -44,7 +45,7 @@ def embed(
         values = check_texts(values)
     path = None
     if cache_dir is not None:
-        path = Path(cache_dir) / f"embeddings-{_key(submodel, values)}.npy"
+        path = Path(cache_dir) / f"embeddings-{values_hash(f'{VERSION}:{submodel.fingerprint()}', values)}.npy"
         cached = _read(path, (len(values), submodel.dimensions))
         if cached is not None:
             if progress is not None:
@@ -57,15 +58,31 @@ def embed(
 
 
 def _embed(submodel: Submodel, values: Sequence[Any], batch_size: int, progress: Progress | None) -> np.ndarray:
-    if submodel.modality == "image":
-        order = np.arange(len(values))
-        return _run(submodel, values, order, batch_size, progress)
-    distinct = {value: number for number, value in enumerate(dict.fromkeys(values))}
-    texts = list(distinct)
-    # Longest first: a machine without enough memory says so at once, and the rest gets faster than foretold.
-    order = np.argsort([-len(text) for text in texts], kind="stable")
-    embeddings = _run(submodel, texts, order, batch_size, progress)
-    return embeddings[[distinct[value] for value in values]]
+    chosen, row = distinct(values)
+    return _run(submodel, chosen, working_order(chosen), batch_size, progress)[row]
+
+
+def distinct(values: Sequence[Any]) -> tuple[Sequence[Any], np.ndarray]:
+    """The different texts, and the number int64 `[N]` among them of each value; images are taken as all different."""
+    if isinstance(values, np.ndarray):
+        return values, np.arange(len(values))
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return list(numbers), np.array([numbers[value] for value in values], np.int64)
+
+
+def working_order(values: Sequence[Any]) -> np.ndarray:
+    """Row numbers in the order in which values are worked on: texts of similar length together.
+
+    Longest first: a machine without enough memory says so at once, and the rest gets faster than foretold.
+    """
+    if isinstance(values, np.ndarray):
+        return np.arange(len(values))
+    return np.argsort([-len(text) for text in values], kind="stable")
+
+
+def take(values: Sequence[Any], rows: np.ndarray) -> Sequence[Any]:
+    """The values of some rows."""
+    return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
 
 
 def _run(
@@ -75,8 +92,7 @@ def _run(
     result = np.empty((len(values), submodel.dimensions), np.float32)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
-        result[rows] = submodel.encode(submodel.prepare(batch))
+        result[rows] = submodel.encode(submodel.prepare(take(values, rows)))
         if progress is not None:
             progress(start + len(rows), len(order))
     return result
@@ -85,12 +101,13 @@ def _run(
 # ---- cache ---------------------------------------------------------------------------------------------------
 
 
-def _key(submodel: Submodel, values: Sequence[Any]) -> str:
-    digest = hashlib.sha256(f"{VERSION}:{submodel.fingerprint()}:{len(values)}".encode())
+def values_hash(maker: str, values: Sequence[Any]) -> str:
+    """SHA-256 (hex) of what something is made of: a name for its maker, and texts or images."""
+    digest = hashlib.sha256(f"{maker}:{len(values)}".encode())
     if isinstance(values, np.ndarray):
-        digest.update(f"{values.dtype.str}:{values.shape}".encode())
+        digest.update(f"{values.dtype.descr if values.dtype.names else values.dtype.str}:{values.shape}".encode())
         for value in values:  # row by row, so that a memory map is never in memory as a whole
-            digest.update(np.ascontiguousarray(value))
+            digest.update(value.tobytes())
     else:
         for value in values:
             text = value.encode()

@@ -106,7 +106,7 @@ def region_shares(submodel: Submodel, image: np.ndarray, output: Output) -> np.n
     layers = submodel.encoder().layers
     position = max(number for number, layer in enumerate(layers) if len(layer.output.shape) == 4)
     trunk, top = split(submodel.encoder(), {id(layer) for layer in layers[position + 1 :]})
-    features = trunk(submodel.prepare(image[np.newaxis]), training=False)
+    features = trunk(submodel.prepare([image]), training=False)
     (name,) = features
     with tf.GradientTape() as tape:
         tape.watch(features)

@@ -42,7 +42,7 @@ import pandas as pd
 from fusion.compat import tf
 from fusion.config import read_config
 from fusion.errors import ConfigError, DataError
-from fusion.export.manifest import publish
+from fusion.export.manifest import publish, verify_manifest
 from fusion.export.savedmodel import load as load_savedmodel
 from recsys.examples import Examples
 from recsys.export import artifact_of
@@ -176,7 +176,7 @@ class Recommender:
             }
         )
         if "contributions" in found:
-            for position, member in enumerate(self.run.experiment.members):
+            for position, member in enumerate(verify_manifest(artifact_of(self.run.folder)).members):
                 table[member] = found["contributions"][rows, position, places]
         return table
 

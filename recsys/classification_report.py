@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.compat import tf
-from fusion.files import write_atomically
+from fusion.files import load_arrays, write_atomically
 from fusion.rules.base import Rule
 from fusion.types import derive_seed
-from recsys import results
-from recsys.collaborative.content import join_columns
+from recsys import diversity, results, served
 from recsys.compare import save_values
+from recsys.controls import alarms, controls, out_of_fold
+from recsys.ensemble_study import joining_classes, mean_probabilities
+from recsys.growth import curve
 from recsys.metrics import parse_metric
+from recsys.metrics.classes import Reliability, reliability
 from recsys.report import write_report
 from recsys.report_content import Mistake, ReportExtras
-from recsys.schema import IMAGE, LABEL, TEST, VALIDATION
+from recsys.schema import IMAGE, LABEL, TEST, TRAIN, VALIDATION
 from recsys.significance import paired_difference
 
 if TYPE_CHECKING:
@@ -50,16 +53,30 @@ class ClassificationEvaluation:
     def report(self) -> dict[str, Any]:
         """The content of `report.json`."""
         task, members, rules = self.task, list(self.experiment.members), list(self.experiment.rules)
-        values, found = {}, {}
+        values, found, study = {}, {}, {}
+        self.by_part: dict[int, np.ndarray] = {}
         for name, part in (("validation", VALIDATION), ("test", TEST)):
             self.logits, self.mask = task.part_logits(part)
             self.context = task.context(task.rows(part))
-            self.probabilities = self._probabilities()
+            self.by_part[part] = self.logits
+            self.probabilities = self._probabilities() | (task.cross_fitted if part == VALIDATION else {})
             values[name] = self._values(self.probabilities, self.mask, task.labels[task.rows(part)])
             found[name] = results.figures(values[name], self.samples, self.seed, len(self.logits))
+            if part == VALIDATION:
+                alone = self._alone(task.labels[task.rows(part)])
+                study = self._study(task.labels[task.rows(part)])
         self.test_values = values["test"]
         best_member = results.best(found["validation"], members, self.primary)
         best_rule = results.best(found["validation"], rules, self.primary)
+        chosen, difference = served.choose(
+            {"rule": best_rule, "member": best_member},
+            {"rule": values["validation"][best_rule], "member": {self.primary.name: alone[best_member]}},
+            self.primary,
+            self.experiment.evaluation,
+            self.seed,
+        )
+        cost = self._cost()
+        self.reliability = self._reliability(best_rule)
         return {
             "schema_version": results.SCHEMA_VERSION,
             "name": self.experiment.name,
@@ -81,11 +98,86 @@ class ClassificationEvaluation:
             **results.split_systems(found["test"], members, rules),
             "best_member": best_member,
             "best_rule": best_rule,
+            "served": chosen,
             "validation": results.split_systems(found["validation"], members, rules),
             "segments": {},
             "significance": results.significance(values["test"], best_rule, best_member, self.samples, self.seed),
-            "cost": self._cost(),
+            "references": self._references(best_rule) if self.experiment.evaluation.sklearn else {},
+            "serving": served.serving(chosen, task.rule_to_serve(chosen), difference, cost, members),
+            "cost": cost,
+            "calibration": {
+                name: {kind: found.error for kind, found in by_kind.items()}
+                for name, by_kind in self.reliability.items()
+            },
+            "diversity": study["diversity"],
+            "controls": study["controls"],
+            "curve": curve(study["order"], study["joined"], self.primary, cost, self.samples, self.seed),
             "variants": {},
+            **({"joint": joint} if (joint := task.joint()) else {}),
+        }
+
+    def _references(self, best_rule: str) -> dict[str, Any]:
+        """What scikit-learn makes of the same members on the test part: the form that validation chose, figures, and
+        by how much the best rule is above it (paired)."""
+        from recsys.sklearn_reference import Answers, references
+
+        task, test = self.task, self.task.rows(TEST)
+        learned, said = task.known_to_rules()
+        logits = np.zeros((len(task.table), *said.shape[1:]), np.float32)
+        for part, answers in self.by_part.items():
+            logits[task.rows(part)] = answers
+        logits[learned] = said
+        by_member = {name: logits[:, position] for position, name in enumerate(self.experiment.members)}
+        found = references(Answers(by_member, task.labels, learned, task.rows(VALIDATION), test), self.primary)
+        values = self._values({name: r.probabilities for name, r in found.items()}, self.mask, task.labels[test])
+        figures = results.figures(values, self.samples, self.seed, len(test))
+        self.test_values |= values
+        return {
+            name: {
+                "form": reference.form,
+                "figures": figures[name],
+                "difference": results.significance(self.test_values, best_rule, name, self.samples, self.seed),
+            }
+            for name, reference in found.items()
+        }
+
+    def _alone(self, labels: np.ndarray) -> dict[str, np.ndarray | float]:
+        """The deciding metric of each member as it would be served alone: uniform where it has nothing to read."""
+        heard = self._heard()
+        return {
+            name: self.primary.of_classes(labels, mean_probabilities(self.probabilities, heard, [name]))
+            for name in self.experiment.members
+        }
+
+    def _heard(self) -> dict[str, np.ndarray]:
+        return dict(zip(self.experiment.members, self.mask.T, strict=True))
+
+    def _controls(self, labels: np.ndarray) -> dict[str, Any]:
+        """Shuffled labels, and members out of fold against the part at hand."""
+        task, seen = self.task, {}
+        path = task.run.path("out_of_fold", "logits.npz")
+        if path.is_file() and self.experiment.fits_out_of_fold > 0:
+            arrays, known = load_arrays(path), task.labels[task.rows(TRAIN)]
+            seen = self._right(arrays["logits"].argmax(axis=2), arrays["mask"], known)
+        right = self._right(self.logits.argmax(axis=2), self.mask, labels)
+        return controls(task.rule_reports, out_of_fold(seen, right))
+
+    def _right(self, answers: np.ndarray, mask: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """By member 1 where it is right, 0 where it is not, NaN where it had nothing to read."""
+        right = np.where(mask, answers == labels[:, None], np.nan)
+        return dict(zip(self.experiment.members, right.T, strict=True))
+
+    def _study(self, labels: np.ndarray) -> dict[str, Any]:
+        """How members differ, and what each adds as it joins an equal-weight mean, on the part at hand."""
+        heard = self._heard()
+        probabilities = {name: self.probabilities[name] for name in heard}
+        right = {name: found.argmax(axis=1) == labels for name, found in probabilities.items()}
+        order, joined = joining_classes(probabilities, heard, labels, self.primary)
+        return {
+            "diversity": diversity.of_classes(right, heard),
+            "controls": self._controls(labels),
+            "order": order,
+            "joined": joined,
         }
 
     def _probabilities(self) -> dict[str, np.ndarray]:
@@ -99,6 +191,19 @@ class ClassificationEvaluation:
     def _fused(self, rule: Rule, mask: np.ndarray) -> np.ndarray:
         """Probabilities `[N, C]` of a rule over the members that `mask` `[N, S]` lets speak."""
         return rule.probabilities(rule(tf.constant(self.logits), tf.constant(mask), self.context)).numpy()
+
+    def _reliability(self, best_rule: str) -> dict[str, dict[str, Reliability]]:
+        """How often answers come true: of each member raw and as the best rule calibrates it, and of that rule."""
+        labels, rule = self.task.labels[self.task.rows(TEST)], self.task.rules[best_rule]
+        calibrated = rule.calibrated(tf.constant(self.logits), tf.constant(self.mask)).numpy()
+        result = {}
+        for position, (name, read) in enumerate(self._heard().items()):
+            if not read.any():
+                continue
+            result[name] = {"raw": reliability(labels[read], self.probabilities[name][read])}
+            if rule.config.calibration != "none":
+                result[name]["calibrated"] = reliability(labels[read], calibrated[read, position])
+        return result | {best_rule: {"fused": reliability(labels, self.probabilities[best_rule])}}
 
     def _values(self, probabilities: dict[str, np.ndarray], mask: np.ndarray, labels: np.ndarray) -> results.Values:
         """Every metric of every system; a member that had nothing to read has no value for that example."""
@@ -160,6 +265,7 @@ class ClassificationEvaluation:
             drop_one=self._drop_one(best_rule),
             rule_weights={n: r["weights"] for n, r in task.rule_reports.items() if "weights" in r},
             mistakes=self._mistakes(predicted, labels, found),
+            reliability=self.reliability,
             confusion=confusion,
             classes=task.classes,
             cleaning=task.dropped(),
@@ -185,9 +291,8 @@ class ClassificationEvaluation:
         """The wrong answers that were given with the most confidence."""
         wrong = np.flatnonzero(predicted != labels)
         surest = wrong[np.argsort(-found[wrong, predicted[wrong]], kind="stable")][:12]
-        table = self.task.table.iloc[self.task.rows(TEST)[surest]]
-        columns = [c for member in self.experiment.members.values() for c in member.config.columns]
-        texts = join_columns(table, list(dict.fromkeys(columns)))
+        rows = self.task.rows(TEST)[surest]
+        table, texts = self.task.table.iloc[rows], self.task.shown(rows)
         classes = self.task.classes
         mistakes = []
         for text, row, (_, record) in zip(texts, surest, table.iterrows(), strict=True):
@@ -197,10 +302,16 @@ class ClassificationEvaluation:
         return mistakes
 
     def _warnings(self, report: dict[str, Any]) -> list[str]:
+        found = [*alarms(report), *served.warnings(report)]
+        if self.task.cross_fitted:
+            found.append(
+                "Learned rules were fitted on the validation rows (out_of_fold.folds: 1), on which members chose their "
+                "epochs and look a little better than they are. Validation figures of these rules are cross-fitted."
+            )
         difference = report["significance"].get(self.primary.name)
         if difference and difference["low"] is not None and difference["low"] <= 0 <= difference["high"]:
-            return [
+            found.append(
                 f"The interval of {report['best_rule']} against {report['best_member']} on {self.primary.name} "
                 "includes zero: fusing is not shown to pay here."
-            ]
-        return []
+            )
+        return found

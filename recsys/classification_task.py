@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fusion.config import Part
+from fusion.config import Part, content_hash
 from fusion.ensemble import Ensemble
 from fusion.errors import DataError
-from fusion.files import save_arrays
+from fusion.files import load_arrays, save_arrays
 from fusion.images import load_images
 from fusion.progress import progress
 from fusion.registry import nearest
+from fusion.rules import RULES
+from fusion.submodels import SUBMODELS
+from fusion.training.joint import JointData, JointRows, joint_rule, share_encoders, together, train_jointly
 from fusion.training.member import ClassifierMember, LabelledData
 from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
 from fusion.training.separate import Examples
 from fusion.training.strategy import make_strategy
-from fusion.types import derive_seed
+from fusion.types import History, RunOptions, derive_seed
+from recsys.cells import read_cells
 from recsys.cleaning import clean_examples
 from recsys.collaborative.content import join_columns
+from recsys.controls import FitRows, shuffled_labels
 from recsys.decoding import decoder_of
-from recsys.fitting import Fitted, fit_member, keep_copy
+from recsys.fitting import Fitted, fit_group, fit_member, keep_copy, without_validation
+from recsys.held_out import HeldOut
+from recsys.report_words import listed
 from recsys.schema import IMAGE, LABEL, SPLIT, TEST, TRAIN, VALIDATION
 from recsys.splits import SplitManifest, split_examples
 from recsys.stages import Stages
 from recsys.storage import arrays_hash, load_table, save_table, table_hash
+
+CELLS_SHOWN = 8
+"""Of a row of a table, to people."""
 
 
 class ClassificationTask(Stages):
@@ -89,16 +101,70 @@ class ClassificationTask(Stages):
 
     def train(self) -> None:
         """Fits every member on the training part and leaves it in `submodels/<name>/`."""
-        for name, part in self._with_progress("members"):
-            data = self._labelled(name, self.rows(TRAIN), self.rows(VALIDATION))
-            fitted = self._fit(name, part, data)
+        for name, fitted in self._fit_all("members", self.rows(TRAIN), self.rows(VALIDATION)).items():
             keep_copy(fitted.folder, self.run.path("submodels", name))
 
-    def _with_progress(self, what: str) -> Any:
-        with progress(what, total=len(self.experiment.members), unit="members", quiet=self.run.quiet) as bar:
-            for name, part in self.experiment.members.items():
-                yield name, part
-                bar.advance(1)
+    def _fit_all(
+        self, what: str, train: np.ndarray, validation: np.ndarray | None, names: Collection[str] | None = None
+    ) -> dict[str, Fitted]:
+        """The members, all or some, fitted on the same rows: one by one, or together where the config says so.
+
+        Without `validation` they are fitted for as many epochs as `train` found best.
+        """
+        asked = [name for name in self.experiment.members if names is None or name in names]
+        group = together(self.experiment.members, self.experiment.training)
+        fitted = {}
+        with progress(what, total=len(asked), unit="members", quiet=self.run.quiet) as bar:
+            if not group.keys().isdisjoint(asked):
+                fitted = self._fit_together(group, train, validation)
+                bar.advance(len(group.keys() & asked))
+            for name in asked:
+                if name not in fitted:
+                    part = self.experiment.members[name] if validation is not None else self.fitted[name].recipe
+                    fitted[name] = self._fit(name, part, self._labelled(name, train, validation))
+                    bar.advance(1)
+        return {name: fitted[name] for name in asked}
+
+    def _fit_together(
+        self, group: Mapping[str, Part], train: np.ndarray, validation: np.ndarray | None
+    ) -> dict[str, Fitted]:
+        """Members trained in one graph, through the rule that `training.rule` names."""
+        experiment = self.experiment
+        settings = experiment.training
+        if validation is None:
+            settings = without_validation(settings, self.fitted[next(iter(group))].history or History())
+        part = experiment.rules[self.trained_through]
+        read = RULES[part.kind].reads(part.config)
+        rows = arrays_hash(train, np.zeros(0) if validation is None else validation, self.labels)
+        data = JointData(
+            train=self._joint_rows(group, train, read),
+            validation=None if validation is None else self._joint_rows(group, validation, read),
+            classes=len(self.classes),
+            cache=self.run.cache,
+            hash=f"{self.run.state['data_hash']} {rows} {content_hash(part.dump())}",
+        )
+        seeds = {name: derive_seed(experiment.seed, "training", name) for name in group}
+
+        def fit(members: dict[str, Any], options: RunOptions) -> tuple[History, dict[str, Any]]:
+            share_encoders(members)
+            rule = self._new_rule(self.trained_through).restricted(group)
+            return train_jointly(members, rule, data, settings, options, seeds)
+
+        strategy = make_strategy(experiment.strategy)
+        return fit_group(group, settings, fit, data, experiment.seed, strategy=strategy, quiet=self.run.quiet)
+
+    @property
+    def trained_through(self) -> str:
+        """Name of the rule that joint training goes through."""
+        return joint_rule(self.experiment.training, self.experiment.rules, list(self.experiment.members))
+
+    def _joint_rows(self, group: Mapping[str, Part], rows: np.ndarray, read: Collection[str]) -> JointRows:
+        """The rows as the members of a group read them; those that none of them can read teach nothing."""
+        mask = np.stack([self.available(name)[rows] for name in group], axis=1)
+        rows, mask = rows[mask.any(axis=1)], mask[mask.any(axis=1)]
+        values = {name: self.values(name, rows[known]) for name, known in zip(group, mask.T, strict=True)}
+        context = {name: numbers for name, numbers in self.context(rows).items() if name in read}
+        return JointRows(values, mask, self.labels[rows], context)
 
     def _fit(self, name: str, part: Part, data: LabelledData) -> Fitted:
         strategy = make_strategy(self.experiment.strategy)
@@ -118,16 +184,14 @@ class ClassificationTask(Stages):
         )
 
     def values(self, name: str, rows: np.ndarray) -> Any:
-        """What a member reads of some rows: texts, or images uint8 `[N, H, W, 3]`."""
+        """What a member reads of some rows: texts, images uint8 `[N, H, W, 3]`, or cells as a structured array."""
         values = self._content(name)[0]
         return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
 
     def context(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """What rules may read of some rows, float32 `[n, 1]` by name; NaN where it is not a number."""
         table = self.table.iloc[rows]
-        columns = [c for member in self.experiment.members.values() for c in member.config.columns]
-        texts = join_columns(table, list(dict.fromkeys(columns))) if columns else [""] * len(table)
-        found = {"words": np.log1p([len(text.split()) for text in texts])}
+        found = {"words": np.log1p([len(text.split()) for text in self.texts(rows)])}
         for name in self.experiment.context:
             if name not in table:
                 raise DataError(
@@ -136,8 +200,24 @@ class ClassificationTask(Stages):
             found[name] = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
         return {name: np.asarray(values, np.float32)[:, None] for name, values in found.items()}
 
+    def texts(self, rows: np.ndarray) -> list[str]:
+        """The text of some rows: all columns that text members read, joined; empty where none does."""
+        members = (member.config for member in self.experiment.members.values())
+        columns = [c for m in members if SUBMODELS[m.encoder.kind].modality == "text" for c in m.columns]
+        return join_columns(self.table.iloc[rows], list(dict.fromkeys(columns)))
+
+    def shown(self, rows: np.ndarray) -> list[str]:
+        """What people see of some rows: the text, or the first cells where members read nothing but a table."""
+        texts = self.texts(rows)
+        for name, member in self.experiment.members.items():
+            if not any(texts) and SUBMODELS[member.config.encoder.kind].modality == "tabular":
+                cells = self.values(name, rows)
+                names = cells.dtype.names[:CELLS_SHOWN]
+                texts = [listed(dict(zip(names, row.tolist(), strict=False))) for row in cells]
+        return texts
+
     def available(self, name: str) -> np.ndarray:
-        """bool `[N]`: the rows that have the member's text or image."""
+        """bool `[N]`: the rows that have the member's text, image or cells."""
         return self._content(name)[1]
 
     @functools.cache  # noqa: B019  (one task lives as long as its run)
@@ -148,41 +228,69 @@ class ClassificationTask(Stages):
             size = config.encoder.config.image_size
             pixels, known, _ = load_images(list(self.table[IMAGE]), size, self.run.cache / "images")
             return pixels, known
+        if encoder.modality == "tabular":
+            return read_cells(self.table, config.columns)
         texts = join_columns(self.table, config.columns)
         return texts, np.array([bool(text) for text in texts])
 
     # ---- fuse -------------------------------------------------------------------------------------------
 
     def fuse(self) -> None:
-        """Fits the rules on out-of-fold logits of the training rows and writes them to `rules/<name>/`."""
+        """Fits the rules on logits of rows that the members were not fitted on, and writes them to `rules/<name>/`.
+
+        Those are the training rows, out of fold; or, with `out_of_fold.folds: 1`, the validation rows, which costs no
+        further fit of a member. Members chose their epochs on these, so each looks a little better there than it is.
+        That a rule knows them too does not touch the choice of the best one: see `cross_fitted`.
+        """
         rules = self._new_rules()
         learned = [name for name, rule in rules.items() if rule.learned]
         reports = {}
         if learned:
-            logits, mask = self._out_of_fold_logits()
+            refitted = self.experiment.fits_out_of_fold > 0
+            rows = self.rows(TRAIN if refitted else VALIDATION)
+            logits, mask = self._out_of_fold_logits() if refitted else self.part_logits(VALIDATION)
             save_arrays(self.run.path("out_of_fold", "logits.npz"), {"logits": logits, "mask": mask})
-            labels, context = self.labels[self.rows(TRAIN)], self.context(self.rows(TRAIN))
-        for name in learned:
-            seed = derive_seed(self.experiment.seed, "rule", name)
-            reports[name] = rules[name].fit(logits, mask, labels, context=context, seed=seed)
+            held = HeldOut(logits, mask, self.labels[rows], self.context(rows), self.experiment.seed)
+            reports = {name: held.fit(rules[name]) for name in learned}
+            fit_rows = FitRows(logits, mask, held.labels, None, held.context)
+            for name in (name for name in learned if type(rules[name]).learned):
+                new_rule = functools.partial(self._new_rule, name)
+                reports[name]["shuffled_labels"] = shuffled_labels(new_rule, fit_rows, self.experiment.seed)
+            if not refitted:
+                found = {name: held.cross_fitted(functools.partial(self._new_rule, name)) for name in learned}
+                save_arrays(self.run.path("out_of_fold", "cross_fitted.npz"), found)
         self._keep_rules(rules, reports)
+
+    def known_to_rules(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that learned rules are fitted on, and what members that had not seen them said, `[n, S, C]`."""
+        refitted = self.experiment.fits_out_of_fold > 0
+        path = self.run.path("out_of_fold", "logits.npz")
+        if path.is_file():
+            logits = load_arrays(path)["logits"]
+        else:  # no rule of this run learns anything
+            logits = (self._out_of_fold_logits() if refitted else self.part_logits(VALIDATION))[0]
+        return self.rows(TRAIN if refitted else VALIDATION), logits
+
+    @functools.cached_property
+    def cross_fitted(self) -> dict[str, np.ndarray]:
+        """Probabilities `[N, C]` of the validation rows by each learned rule as it is when fitted without the row.
+
+        Empty where rules are fitted on training rows: they have never seen the validation rows then.
+        """
+        path = self.run.path("out_of_fold", "cross_fitted.npz")
+        return load_arrays(path) if path.is_file() else {}
 
     def _out_of_fold_logits(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits `[N, S, C]` of the training rows by members that did not see them, and who could read, `[N, S]`."""
-        train, seed = self.rows(TRAIN), self.experiment.seed
-        folds = max(2, self.experiment.out_of_fold.folds)
-        fold_of = out_of_fold(len(train), folds, derive_seed(seed, "folds"), self.labels[train])
-        logits = np.zeros((len(train), len(self.experiment.members), len(self.classes)), np.float32)
-        for position, (name, _) in enumerate(self._with_progress("members out of fold")):
-            recipe = self.fitted[name].recipe
+        train, seed = self.rows(TRAIN), derive_seed(self.experiment.seed, "folds")
+        fold_of = out_of_fold(len(train), self.experiment.out_of_fold.folds, seed, self.labels[train])
 
-            def score(
-                _: int, rows: np.ndarray, held: np.ndarray, name: str = name, recipe: Part = recipe
-            ) -> np.ndarray:
-                member = self._fit(name, recipe, self._labelled(name, train[rows], None)).member
-                return self._logits(member, name, train[held])
+        def score(fold: int, rows: np.ndarray, held: np.ndarray) -> np.ndarray:
+            fitted = self._fit_all(f"members without fold {fold + 1}", train[rows], None)
+            return np.concatenate([self._logits(f.member, name, train[held]) for name, f in fitted.items()], axis=1)
 
-            logits[:, position] = out_of_fold_logits(score, fold_of, f"{name} out of fold", self.run.quiet)
+        joined = out_of_fold_logits(score, fold_of, "out of fold", self.run.quiet)
+        logits = joined.reshape(len(train), len(self.experiment.members), len(self.classes))
         mask = np.stack([self.available(name)[train] for name in self.experiment.members], axis=1)
         return logits, mask
 
@@ -217,15 +325,38 @@ class ClassificationTask(Stages):
 
             export_classifier(self)
 
-    def ensemble(self, rule: str) -> Ensemble:
-        """The members as they are exported, and a rule."""
-        members = {name: fitted.member for name, fitted in self.fitted.items()}
+    @property
+    def everybody(self) -> list[str]:
+        """The members that every example gives something to read, the smallest first."""
+        reads = [name for name in self.fitted if self.available(name).all()]
+        return sorted(reads, key=lambda name: self.fitted[name].member.parameters)
+
+    def ensemble(self, name: str) -> Ensemble:
+        """What is exported of a rule, or of a member alone: the rule over the members that it needs, and these."""
+        rule = self.rule_to_serve(name)
+        members = {member: self.fitted[member].member for member in rule.members}
         if self.experiment.export.refit == "all":
             everything = np.arange(len(self.table))
-            for name, _ in self._with_progress("members on every row"):
-                everyone = self._labelled(name, everything, None)
-                members[name] = self._fit(name, self.fitted[name].recipe, everyone).member
-        return Ensemble(members, self.rules[rule])
+            fitted = self._fit_all("members on every row", everything, None, rule.members)
+            members = {name: fitted[name].member for name in rule.members}
+        return Ensemble(members, rule)
+
+    def joint(self) -> dict[str, Any]:
+        """What joint training did: rule, members, parameters, epochs, and by epoch the cosines that
+        `fusion.training.joint.train_jointly` measures; empty where each member was trained by itself."""
+        group = list(together(self.experiment.members, self.experiment.training))
+        if not group:
+            return {}
+        facts = json.loads(self.run.path("submodels", group[0], "member.json").read_text(encoding="utf-8"))
+        epochs = facts["history"]["epochs"]
+        measured = [name for name in epochs[0] if name.startswith("conflict/")]
+        return {
+            **facts["joint"],
+            "members": group,
+            "epochs": len(epochs),
+            "best_epoch": facts["history"]["best_epoch"] + 1,
+            "conflict": {name.removeprefix("conflict/"): [row[name] for row in epochs] for name in measured},
+        }
 
     def part_counts(self) -> dict[str, int]:
         """Rows by name of part."""

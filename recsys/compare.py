@@ -162,6 +162,8 @@ def read_side(folder: Path, label: str = "") -> Side:
         for kind in ("member", "rule")
         for name, figures in report[f"{kind}s"].items()
     }
+    for name, reference in report.get("references", {}).items():
+        systems[name] = System("reference", 0, reference["figures"], {})
     for name, variant in report.get("variants", {}).items():
         cost = {key: value for key, value in variant.items() if key != "figures"}
         systems[name] = System("variant", 0, variant.get("figures", {}), cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +47,16 @@ Checks = list[dict[str, Any]]
 
 
 def export_recommender(task: RankingTask) -> Path:
-    """Exports the rule that was chosen on validation with all members; returns the artifact's folder.
+    """Exports what `served` names, with the members that its answers need; returns the artifact's folder.
 
     Raises GateError when SavedModel or `.tflite` answer other numbers than the members in memory.
     """
-    rule = chosen_rule(task)
-    core, members = task.exported(rule)
-    contents = contents_of(members)
+    name = served(task)
+    core, members = task.exported(name)
+    contents = contents_of(task.searchable(members))
     history, seen = task.known()
     data, k_max = task.interactions, task.experiment.export.k_max
-    served = ServedRecommender(core, data.item_ids, data.user_ids, history, seen, k_max, contents)
+    recommender = ServedRecommender(core, data.item_ids, data.user_ids, history, seen, k_max, contents)
 
     def write_others(folder: Path) -> Checks:
         table = data.catalogue[[c for c in data.catalogue.columns if c == TITLE]].copy()
@@ -67,18 +67,19 @@ def export_recommender(task: RankingTask) -> Path:
         write_examples(folder, contents)
         return [_write_ranking_tflite(task, core, folder)] if task.experiment.export.tflite else []
 
+    manifest = _described(task, "recommender", name, list(members))
     return _write_artifact(
-        task, "recommender", rule, served, served.signatures(), write_others, lambda f: _compare_ranking(task, core, f)
+        task, manifest, recommender, recommender.signatures(), write_others, lambda f: _compare_ranking(task, core, f)
     )
 
 
 def export_classifier(task: ClassificationTask) -> Path:
-    """Exports the rule that was chosen on validation with all members; returns the artifact's folder.
+    """Exports what `served` names, with the members that its answers need; returns the artifact's folder.
 
     Raises GateError when SavedModel or `.tflite` answer other numbers than the model in memory.
     """
-    rule = chosen_rule(task)
-    ensemble = task.ensemble(rule)
+    name = served(task)
+    ensemble = task.ensemble(name)
     model = ensemble.functional()
     sample = _classifier_sample(task, ensemble)
     expected = {key: value.numpy() for key, value in model(sample, training=False).items()}
@@ -109,15 +110,18 @@ def export_classifier(task: ClassificationTask) -> Path:
 
     function = _named_function(model, {name: (None, *array.shape[1:]) for name, array in sample.items()})
     signatures = {"serving_default": function}
-    return _write_artifact(task, "classifier", rule, owner, signatures, write_others, compare_savedmodel)
+    manifest = _described(task, "classifier", name, list(ensemble.members))
+    return _write_artifact(task, manifest, owner, signatures, write_others, compare_savedmodel)
 
 
-def chosen_rule(task: Any) -> str:
-    """The rule to export: the one named in the config, or the best one on validation."""
-    name = task.experiment.export.rule
-    if name != "best":
-        return name
-    return json.loads(task.run.path("report.json").read_text(encoding="utf-8"))["best_rule"]
+def served(task: Any) -> str:
+    """What to export: the rule named in the config, or the rule, or member alone, that validation chose."""
+    name, report = task.experiment.export.rule, _report(task)
+    return name if name != "best" else report.get("served", report["best_rule"])  # older runs do not name it
+
+
+def _report(task: Any) -> dict[str, Any]:
+    return json.loads(task.run.path("report.json").read_text(encoding="utf-8"))
 
 
 def artifact_of(folder: Path) -> Path:
@@ -130,8 +134,7 @@ def artifact_of(folder: Path) -> Path:
 
 def _write_artifact(
     task: Any,
-    kind: str,
-    rule: str,
+    manifest: dict[str, Any],
     module: Any,
     signatures: dict[str, Any],
     write_others: Callable[[Path], Checks],
@@ -148,28 +151,28 @@ def _write_artifact(
             path.rename(aside / path.name)
         model.rmdir()
         checks = write_others(aside)
-        write_manifest(aside, _manifest(task, kind, rule, aside))
+        write_manifest(aside, Manifest(**manifest, signatures=signatures_of(aside)))
         checks.append(compare_savedmodel(aside))
         write_atomically(task.run.path("verify.json"), json.dumps(checks, indent=2))
     verify_manifest(folder)
     return folder
 
 
-def _manifest(task: Any, kind: str, rule: str, folder: Path) -> Manifest:
-    report = json.loads(task.run.path("report.json").read_text(encoding="utf-8"))
-    settings = task.experiment.export
-    return Manifest(
-        kind=kind,
-        members=tuple(task.experiment.members),
-        signatures=signatures_of(folder),
-        config_hash=task.experiment.hash(),
-        data_hash=report["dataset"]["hash"],
-        split_hash=report["split"]["hash"],
-        rows_seen="all" if settings.refit == "all" else "train",
-        metrics={metric: figure["value"] for metric, figure in report["rules"][rule].items()},
-        libraries={package: importlib.metadata.version(package) for package in PACKAGES},
-        limits={"k_max": settings.k_max} if kind == "recommender" else {},
-    )
+def _described(task: Any, kind: str, name: str, members: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says beside signatures and files."""
+    report, settings = _report(task), task.experiment.export
+    figures = {**report["members"], **report["rules"]}[name]
+    return {
+        "kind": kind,
+        "members": tuple(members),
+        "config_hash": task.experiment.hash(),
+        "data_hash": report["dataset"]["hash"],
+        "split_hash": report["split"]["hash"],
+        "rows_seen": "all" if settings.refit == "all" else "train",
+        "metrics": {metric: figure["value"] for metric, figure in figures.items()},
+        "libraries": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "limits": {"k_max": settings.k_max} if kind == "recommender" else {},
+    }
 
 
 # ---- rankings ------------------------------------------------------------------------------------------------

@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from fusion.config import Part, content_hash, parse_part
+from fusion.config import Part, Settings, content_hash, parse_part
 from fusion.errors import DataError
-from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays
+from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays, sha256_of
 from fusion.registry import Registry
+from fusion.training.cluster import is_spread, same_everywhere
 from fusion.types import History, RunOptions, derive_seed
 from recsys.measuring import PeakMemory
 from recsys.run import code_version
@@ -49,9 +51,17 @@ class Fitted:
         history, config = self.history, self.part.config
         if history is None or not history.epochs or not hasattr(config, "training"):
             return self.part
-        epochs = max(history.best_epoch, 0) + 1
-        training = config.training.model_copy(update={"epochs": epochs, "patience": 0, "target": None})
+        training = without_validation(config.training, history)
         return replace(self.part, config=config.model_copy(update={"training": training}))
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def without_validation(training: SettingsT, history: History) -> SettingsT:
+    """The training settings for rows on which nothing may be validated: as many epochs as were best before."""
+    epochs = max(history.best_epoch, 0) + 1
+    return training.model_copy(update={"epochs": epochs, "patience": 0, "target": None})
 
 
 def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any = None, quiet: bool = False) -> Fitted:
@@ -60,17 +70,34 @@ def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any
     An interrupted training leaves its checkpoints in the cache and is continued by the next call.
     """
     key = _key(name, part, data, seed)
-    folder = data.cache / "members" / key
-    work = data.cache / "work" / key / name
-    if not folder.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        # The locked folder itself stays: another process may be waiting for its lock.
-        with lock_folder(work.parent, wait=True):
-            if not folder.exists():  # another process may have fitted it while we waited
-                work.mkdir(exist_ok=True)
-                _fit_into(folder, work, name, part, data, seed, strategy, quiet)
-            shutil.rmtree(work, ignore_errors=True)
+    folder, work = data.cache / "members" / key, data.cache / "work" / key / name
+    _make_once([folder], work, lambda: _fit_into(folder, work, name, part, data, seed, strategy, quiet), strategy)
     return load_fitted(folder, name, part.registry, seed)
+
+
+def _make_once(folders: Sequence[Path], work: Path, make: Callable[[], None], strategy: Any) -> None:
+    """Calls `make`, which writes `folders` by way of `work`, unless they are there; in one process at a time.
+
+    Processes that train in step either all have the same ones, or all make them, each in a cache of its own.
+    """
+    if _all_there(folders, work, strategy):
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    # The locked folder itself stays: another process may be waiting for its lock.
+    with lock_folder(work.parent, wait=True):
+        # Another process may have made them while we waited.
+        if is_spread(strategy) or not all(folder.exists() for folder in folders):
+            work.mkdir(exist_ok=True)
+            make()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _all_there(folders: Sequence[Path], work: Path, strategy: Any) -> bool:
+    there = all(folder.exists() for folder in folders)
+    if not is_spread(strategy):
+        return there
+    content = " ".join(sha256_of(folder / "state.npz") for folder in folders) if there else ""
+    return same_everywhere(strategy, f"member {work.parent.name} {work.name}", content)
 
 
 def _fit_into(
@@ -78,20 +105,62 @@ def _fit_into(
 ) -> None:
     started = time.perf_counter()
     try:
-        # The scope is where its variables have to be made.
-        with PeakMemory() as memory, strategy.scope() if strategy else contextlib.nullcontext():
+        # Models are built in the scope of the strategy by the members: tables that only score are not to be spread.
+        with PeakMemory() as memory:
             member = part.make(derive_seed(seed, "member", name))
             history = member.fit(data, RunOptions(derive_seed(seed, "training", name), work, strategy, quiet))
     except DataError as error:
         raise DataError(f"members.{name}: {error}") from error
-    seconds = time.perf_counter() - started
+    took = {"seconds": time.perf_counter() - started, "peak_bytes": memory.bytes}
+    _keep(folder, work, part, member, history, took)
+
+
+Train = Callable[[dict[str, Any], RunOptions], tuple[History, dict[str, Any]]]
+"""Trains new members by name in place; returns what training did, and facts for the `member.json` of each."""
+
+
+def fit_group(
+    parts: Mapping[str, Part],
+    recipe: Settings,
+    train: Train,
+    data: FitData,
+    seed: int,
+    *,
+    strategy: Any = None,
+    quiet: bool = False,
+) -> dict[str, Fitted]:
+    """Members trained together on `data` by `recipe`, from the cache where all lie there.
+
+    Each is kept as one that was fitted alone, with the history of the group and an equal share of its time. An
+    interrupted training leaves its checkpoints in the cache and is continued by the next call.
+    """
+    keys = {name: _key(name, part, data, seed) for name, part in parts.items()}
+    group = content_hash([keys, recipe.model_dump(mode="json")])
+    folders = {name: data.cache / "members" / content_hash([group, name]) for name in parts}
+    work = data.cache / "work" / group / "joint"
+
+    def make() -> None:
+        started = time.perf_counter()
+        with PeakMemory() as memory, strategy.scope() if strategy else contextlib.nullcontext():
+            members = {name: part.make(derive_seed(seed, "member", name)) for name, part in parts.items()}
+            options = RunOptions(derive_seed(seed, "training", *parts), work, strategy, quiet)
+            history, facts = train(members, options)
+        took = {"seconds": (time.perf_counter() - started) / len(parts), "peak_bytes": memory.bytes}
+        for name, part in parts.items():
+            _keep(folders[name], work, part, members[name], history, took | facts)
+
+    _make_once([*folders.values()], work, make, strategy)
+    return {name: load_fitted(folders[name], name, part.registry, seed) for name, part in parts.items()}
+
+
+def _keep(folder: Path, work: Path, part: Part, member: Any, history: History | None, took: Mapping[str, Any]) -> None:
+    """Writes a fitted member, and what is known of its training in `work`, in a way that `load_fitted` reads."""
     with atomic_folder(folder) as aside:
         save_arrays(aside / "state.npz", member.state())
         facts = {
             "kind": part.kind,
             "config": part.dump(),
-            "seconds": seconds,
-            "peak_bytes": memory.bytes,
+            **took,
             "parameters": member.parameters,
             "history": asdict(history) if history else None,
             "truncation_loss": getattr(member, "truncation", None),

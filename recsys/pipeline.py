@@ -11,6 +11,8 @@ from fusion.config import read_config
 from fusion.errors import ConfigError, MachineError
 from fusion.files import writing
 from fusion.registry import Registry
+from fusion.training.cluster import lost_processes, same_everywhere
+from fusion.training.strategy import make_strategy, own_folder
 from recsys.run import Run
 from recsys.settings import parse_experiment
 
@@ -33,12 +35,15 @@ def run_experiment(
 ) -> Run:
     """Runs all stages in a run's folder below `root`, or continues an unfinished run of the same config.
 
-    `fresh` and `resume` insist on the one or the other, see `Run.start`.
+    `fresh` and `resume` insist on the one or the other, see `Run.start`. The processes of a cluster all call it; what
+    those write that do not lead lies in `.workers` below `root`.
 
     Returns the run; its `report.json`, `report.html` and `export/` are then complete.
     """
-    with machine_faults(Path(root)):
-        run = Run.start(experiment, Path(root), fresh=fresh, resume=resume, quiet=quiet)
+    with machine_faults(Path(root)), lost_processes():
+        make_strategy(experiment.strategy, topic=experiment.hash())
+        folder = own_folder(experiment.strategy, Path(root))
+        run = Run.start(experiment, folder, fresh=fresh, resume=resume, quiet=quiet)
         with run.locked():
             run_stages(run)
     return run
@@ -50,7 +55,7 @@ def run_stages(run: Run, again: Sequence[str] = ()) -> None:
     run.set(status="running")
     try:
         for stage in task.STAGES:
-            if stage in again or not run.done(stage):
+            if stage in again or not _done_everywhere(run, stage):
                 with run.stage(stage):
                     getattr(task, stage)()
     except BaseException as error:
@@ -58,6 +63,12 @@ def run_stages(run: Run, again: Sequence[str] = ()) -> None:
             run.set(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     run.set(status="finished")
+
+
+def _done_everywhere(run: Run, stage: str) -> bool:
+    """Whether the stage has finished in all processes of a cluster, which do every stage together or not at all."""
+    strategy = make_strategy(run.experiment.strategy)
+    return same_everywhere(strategy, f"stage {stage}", "done" if run.done(stage) else "")
 
 
 def rerun(run: Run, stages: Sequence[str]) -> None:

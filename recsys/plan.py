@@ -42,7 +42,7 @@ def plan(experiment: Any, root: Path) -> dict[str, Any]:
         parts = split_examples(table[LABEL].to_numpy(), given, experiment.split)
         facts = {"examples": len(table), "classes": table[LABEL].nunique()}
         users, items, positives, values = 0, 0, len(table), len(table)
-    fits = 1 + experiment.out_of_fold.folds + experiment.evaluation.refit + (experiment.export.refit == "all")
+    fits = 1 + experiment.fits_out_of_fold + experiment.evaluation.refit + (experiment.export.refit == "all")
     grids = getattr(experiment, "tuning", {})
     tried = {name: sum(len(values) for values in grids.get(name, {}).values()) for name in experiment.members}
     members = {name: _member(part, users, items, positives, values) for name, part in experiment.members.items()}

@@ -20,7 +20,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from recsys.metrics.classes import Reliability
 
 THEME = {
     # name: (light, dark). The light colours must be distinct: they are found again in the SVG by their value.
@@ -256,6 +259,51 @@ def _spread(heights: Sequence[float], beside: Sequence[float] | None = None, nea
     return [placed[index] for index in range(len(heights))]
 
 
+def reliability(systems: Mapping[str, Mapping[str, Reliability]]) -> Figure:
+    """One square per system: how often answers of a confidence are right, on the diagonal where they keep their word.
+
+    The area of a dot is the share of answers that it stands for, and those of 2 % and more are joined; the calibration
+    error stands above.
+    """
+    roles = {"raw": "worse", "calibrated": "best-rule", "fused": "best-member"}
+    with _styled():
+        columns = min(len(systems), 4)
+        rows = -(-len(systems) // columns)
+        side = 2 * _INCHES / 4
+        figure = Figure(
+            figsize=(side * columns, 0.7 + (side + 0.3) * rows), layout=ConstrainedLayoutEngine(h_pad=0.07, hspace=0.04)
+        )
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for axes, (name, kinds) in zip(grid, systems.items(), strict=False):
+            axes.plot([0, 1], [0, 1], color=_LIGHT["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
+            for kind, found in kinds.items():
+                colour = _LIGHT[roles[kind]]
+                told = found.share >= 0.02  # a line through bins of one or two answers would be all that is seen
+                axes.plot(found.confidence[told], found.accuracy[told], color=colour, linewidth=1.4, alpha=0.5)
+                axes.scatter(found.confidence, found.accuracy, s=7 + 160 * found.share, color=colour, alpha=0.8, lw=0)
+            errors = " \N{RIGHTWARDS ARROW} ".join(f"{found.error:.3f}" for found in kinds.values())
+            axes.set_title(f"{_shorten(name, 22)}\nECE {errors}")
+            axes.set_aspect("equal")
+            axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+            axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+            axes.grid(color=_LIGHT["grid"], linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+        for axes in grid[len(systems) :]:
+            axes.set_axis_off()
+        drawn = {kind for kinds in systems.values() for kind in kinds}
+        dots = [
+            Line2D([], [], color=_LIGHT[role], marker="o", linewidth=1, label=kind)
+            for kind, role in roles.items()
+            if kind in drawn
+        ]
+        figure.legend(handles=dots, loc="outside upper left", ncols=3, frameon=False, fontsize=9.5)
+        figure.supxlabel("confidence", color=_LIGHT["muted"], fontsize=10.5)
+        figure.supylabel("share that is right", color=_LIGHT["muted"], fontsize=10.5)
+        return figure
+
+
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """Counts `[C, C]`, rows the true class, as shares of their row; the diagonal is what was right."""
     with _styled():
@@ -280,6 +328,67 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
+        return figure
+
+
+def heat_map(values: np.ndarray, names: Sequence[str]) -> Figure:
+    """Values from -1 to 1 `[S, S]` of pairs, symmetric, drawn below the diagonal; NaN is left out."""
+    with _styled():
+        size = len(names) - 1
+        figure = Figure(figsize=(_INCHES, 1.0 + 0.42 * size), layout="constrained")
+        axes = figure.subplots()
+        shown = np.where(np.tril(np.ones((size, size), bool)), values[1:, :-1], np.nan)
+        colours = np.zeros((size, size, 4))
+        above, below = (matplotlib.colors.to_rgb(_LIGHT[role]) for role in ("worse", "best-rule"))
+        colours[..., :3] = np.where((shown > 0)[..., None], above, below)
+        colours[..., 3] = np.nan_to_num(np.abs(shown)) * 0.9
+        axes.imshow(colours, aspect="auto", interpolation="nearest")
+        for row, column in zip(*np.nonzero(~np.isnan(shown)), strict=True):
+            text = f"{shown[row, column]:.2f}".replace("-", "\N{MINUS SIGN}")
+            axes.text(column, row, text, ha="center", va="center", fontsize=9)
+        labels = [_shorten(name, 16) for name in names]
+        axes.set_xticks(range(size), labels[:-1], rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(size), labels[1:])
+        axes.tick_params(length=0, labelcolor=_LIGHT["ink"])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return figure
+
+
+@dataclass(frozen=True)
+class Step:
+    """One more member: who joins, what the ensemble then reaches, and the milliseconds it then takes, or None."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    milliseconds: float | None
+
+
+def growth(steps: Sequence[Step], label: str) -> Figure:
+    """Quality against the number of members with its interval, above the milliseconds of an answer."""
+    with _styled():
+        timed = all(step.milliseconds is not None for step in steps)
+        figure = Figure(figsize=(_INCHES, 4.2 if timed else 3.2), layout="constrained")
+        grid = figure.subplots(2 if timed else 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + timed])
+        quality, numbers = grid[0, 0], np.arange(1, len(steps) + 1)
+        for number, step in zip(numbers, steps, strict=True):
+            if step.low is not None and step.high is not None:
+                quality.plot([number, number], [step.low, step.high], color=_LIGHT["rule"], linewidth=4, zorder=1)
+        values = [step.value for step in steps]
+        quality.plot(numbers, values, color=_LIGHT["best-rule"], linewidth=1.8, marker="o", markersize=5, zorder=2)
+        quality.set_ylabel(label)
+        if timed:
+            grid[1, 0].bar(numbers, [step.milliseconds for step in steps], color=_LIGHT["member"], width=0.5)
+            grid[1, 0].set_ylabel("ms, p50")
+        names = [f"{'' if number == 1 else '+ '}{_shorten(step.name, 16)}" for number, step in enumerate(steps, 1)]
+        grid[-1, 0].set_xticks(numbers, names, rotation=35, ha="right", rotation_mode="anchor")
+        for axes in grid[:, 0]:
+            axes.grid(axis="y", color=_LIGHT["grid"], linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0, labelcolor=_LIGHT["ink"])
+            axes.locator_params(axis="y", nbins=4)
         return figure
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fusion.files import write_atomically
+from fusion.files import load_arrays, write_atomically
 from fusion.progress import progress
-from fusion.rules.base import Rule
-from fusion.types import Context, derive_seed
-from recsys import results
+from fusion.types import derive_seed
+from recsys import diversity, results, served
 from recsys.compare import save_values
+from recsys.controls import alarms, controls, list_quality, out_of_fold
 from recsys.core import RankingCore
+from recsys.ensemble_study import growing, joining_over_candidates, validation_lists, without
 from recsys.evaluation import Question, Ranked, blocks, question, sample
+from recsys.growth import curve
 from recsys.leaks import told, too_good
 from recsys.measuring import users_per_second
 from recsys.metrics import parse_metric
+from recsys.out_of_fold import FoldScores
 from recsys.recommender import ServedRecommender
 from recsys.report import write_report
 from recsys.report_content import Example, Pictured, Recommended, ReportExtras
-from recsys.schema import IMAGE, TEST, TITLE, VALIDATION
+from recsys.schema import IMAGE, PART_NAMES, TEST, TITLE, VALIDATION
 from recsys.significance import paired_difference
 
 if TYPE_CHECKING:
@@ -42,6 +46,14 @@ def write_ranking_report(task: RankingTask) -> dict[str, Any]:
     return report
 
 
+class _Measured(NamedTuple):
+    """One part as it was ranked, every metric of every user, and their means."""
+
+    ranked: Ranked
+    values: results.Values
+    figures: results.Figures
+
+
 class RankingEvaluation:
     """The figures of one run. Everything is chosen on validation; the test part is ranked once."""
 
@@ -57,19 +69,26 @@ class RankingEvaluation:
     def report(self) -> dict[str, Any]:
         """The content of `report.json`."""
         task, members, rules = self.task, list(self.experiment.members), list(self.experiment.rules)
-        asked, ranked, values, found = {}, {}, {}, {}
-        for name, part in (("validation", VALIDATION), ("test", TEST)):
-            asked[name] = question(task.interactions, task.parts, part, held_out=self.experiment.held_out_candidates)
-            if part == VALIDATION:
-                most, seed = self.experiment.evaluation.max_validation_users, self.experiment.seed
-                asked[name] = sample(asked[name], most, derive_seed(seed, "validation users"))
-            ranked[name] = self._rank(task.ranker(task.rules, part), asked[name], name)
-            values[name] = results.values_of(ranked[name].lists, self.metrics, self.catalogue)
-            found[name] = results.figures(values[name], self.samples, self.seed, len(ranked[name].users))
-        self.test_question, self.test_ranked, self.test_values = asked["test"], ranked["test"], values["test"]
-        self.validation_users = len(ranked["validation"].users)
+        asked = self._question(VALIDATION)
+        lists = self._lists(asked)
+        order = joining_over_candidates(members, lists, self.primary.k or 10)
+        grown = growing(members, order)
+        validation, joined = self._measured(asked, VALIDATION, {**task.rules, **grown})
+        self.validation_users = len(validation.ranked.users)
+        self.test_question = self._question(TEST)
+        test, _ = self._measured(self.test_question, TEST, task.rules)
+        self.test_ranked, self.test_values = test.ranked, test.values
+        found = {"validation": validation.figures, "test": test.figures}
         best_member = results.best(found["validation"], members, self.primary)
         best_rule = results.best(found["validation"], rules, self.primary)
+        chosen, difference = served.choose(
+            {"rule": best_rule, "member": best_member},
+            {"rule": validation.values[best_rule], "member": validation.values[best_member]},
+            self.primary,
+            self.experiment.evaluation,
+            self.seed,
+        )
+        cost = self._cost()
         return {
             "schema_version": results.SCHEMA_VERSION,
             "name": self.experiment.name,
@@ -80,18 +99,54 @@ class RankingEvaluation:
             **results.split_systems(found["test"], members, rules),
             "best_member": best_member,
             "best_rule": best_rule,
+            "served": chosen,
             "validation": results.split_systems(found["validation"], members, rules),
             "segments": self._segments(members, rules),
-            "significance": results.significance(values["test"], best_rule, best_member, self.samples, self.seed),
-            "cost": self._cost(),
+            "significance": results.significance(test.values, best_rule, best_member, self.samples, self.seed),
+            "serving": served.serving(chosen, task.rule_to_serve(chosen), difference, cost, members),
+            "cost": cost,
+            "diversity": self._diversity(validation),
+            "controls": self._controls(lists),
+            "curve": curve(order, joined, self.primary, cost, self.samples, self.seed),
             "tuning": self.task.trials,
             "leaks": [vars(finding) for finding in told(task.run.path("data"))],
             "variants": {},
         }
 
-    def _rank(self, ranker: Any, asked: Question, name: str) -> Ranked:
-        with progress(f"rank {name}", total=len(asked.users), unit="users", quiet=self.task.run.quiet) as bar:
-            return ranker(asked, bar.advance)
+    def _question(self, part: int) -> Question:
+        """What a part asks; of many validation users some drawn at random."""
+        task, most = self.task, self.experiment.evaluation.max_validation_users
+        asked = question(task.interactions, task.parts, part, held_out=self.experiment.held_out_candidates)
+        if part == TEST:
+            return asked
+        return sample(asked, most, derive_seed(self.experiment.seed, "validation users"))
+
+    def _measured(self, asked: Question, part: int, rules: Mapping[str, Any]) -> tuple[_Measured, list[Any]]:
+        """All metrics of the members and the run's rules, and of other rules the deciding one alone."""
+        with progress(f"rank {PART_NAMES[part]}", len(asked.users), "users", quiet=self.task.run.quiet) as bar:
+            ranked = self.task.ranker(rules, part)(asked, bar.advance)
+        others = [name for name in rules if name not in self.task.rules]
+        judged = [self.primary.of_lists(ranked.lists.pop(name), self.catalogue) for name in others]
+        values = results.values_of(ranked.lists, self.metrics, self.catalogue)
+        return _Measured(ranked, values, results.figures(values, self.samples, self.seed, len(ranked.users))), judged
+
+    def _lists(self, asked: Question) -> FoldScores:
+        """The members' best items for some validation users, as learned rules get those of a fold."""
+        members, settings = self.task.member_scores, self.experiment.out_of_fold
+        return validation_lists(members, asked, settings, derive_seed(self.seed, "joining"))
+
+    def _controls(self, lists: FoldScores) -> dict[str, Any]:
+        """Shuffled labels, and members out of fold against validation."""
+        path = self.task.run.path("out_of_fold", "quality.npz")
+        held_out = list_quality(lists.features, lists.mask, lists.labels, lists.weights)
+        by_member = dict(zip(self.experiment.members, held_out.T, strict=True))
+        seen = load_arrays(path) if path.is_file() else {}
+        return controls(self.task.rule_reports, out_of_fold(seen, by_member))
+
+    def _diversity(self, validation: _Measured) -> dict[str, Any]:
+        members, metric = list(self.experiment.members), self.primary.name
+        lists = {name: validation.ranked.lists[name] for name in members}
+        return diversity.of_lists(lists, {n: np.asarray(validation.values[n][metric]) for n in members}, metric)
 
     def _dataset(self) -> dict[str, Any]:
         data, task = self.task.interactions, self.task
@@ -192,8 +247,8 @@ class RankingEvaluation:
         task, members = self.task, list(self.experiment.members)
         if len(members) < 2:
             return {}
-        without = {f"without {name}": _Without(task.rules[best_rule], members.index(name)) for name in members}
-        ranked = task.ranker(without)(sample(self.test_question, DROP_ONE_USERS, self.seed))
+        silenced = {f"without {name}": without(task.rules[best_rule], name) for name in members}
+        ranked = task.ranker(silenced)(sample(self.test_question, DROP_ONE_USERS, self.seed))
         of_row = {user: row for row, user in enumerate(self.test_ranked.users)}
         rows = [of_row[user] for user in ranked.users]
         whole = np.asarray(self.test_values[best_rule][self.primary.name])[rows]
@@ -241,12 +296,12 @@ class RankingEvaluation:
     def _warnings(self, report: dict[str, Any]) -> list[str]:
         """What a reader must know before believing a figure."""
         found = [*told(self.task.run.path("data")), *too_good(report)]
-        warnings = [finding.sentence for finding in found]
+        warnings = [*alarms(report), *(finding.sentence for finding in found), *served.warnings(report)]
         users = report["split"]["test_users"]
         if users < 100:
             warnings.append(f"Only {users} test users: the intervals are wide, and nothing small can be told apart.")
         difference = report["significance"][self.primary.name]
-        if difference["low"] is not None and difference["low"] <= 0:
+        if difference["low"] is not None and difference["low"] <= 0 <= difference["high"]:
             warnings.append(
                 f"The interval of {report['best_rule']} against {report['best_member']} on {self.primary.name} "
                 "includes zero: fusing is not shown to pay here."
@@ -256,20 +311,6 @@ class RankingEvaluation:
             if popular and name != "popularity" and figures[self.primary.name]["value"] < popular["value"]:
                 warnings.append(f"The member {name} is below popularity on {self.primary.name}.")
         return warnings
-
-
-class _Without:
-    """A rule that never hears one member."""
-
-    def __init__(self, rule: Rule, member: int) -> None:
-        self.rule = rule
-        self.member = member
-
-    def __call__(self, scores: Any, mask: Any, context: Context) -> Any:
-        heard = np.arange(scores.shape[1]) != self.member
-        # Members are normalised each for itself, so all rules that lack one share this, the costly part.
-        features = self.rule.normalise(scores, mask)
-        return self.rule.fuse(features, mask & heard[None, :, None], context)
 
 
 def _columns(matrix: Any, keep: np.ndarray) -> Any:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
 from fusion.config import Part
-from fusion.files import write_atomically
+from fusion.files import save_arrays, write_atomically
 from fusion.progress import progress
+from fusion.rules.average import Average
 from fusion.rules.base import Rule
 from fusion.training.strategy import make_strategy
-from fusion.types import derive_seed
+from fusion.types import History, RunOptions, derive_seed
 from recsys.cleaning import clean
 from recsys.collaborative.base import Member, TrainingData
+from recsys.controls import ROWS, FitRows, list_quality, shuffled_labels
 from recsys.core import MemberScores, RankingCore
 from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
-from recsys.fitting import Fitted, fit_member, keep_copy
+from recsys.fitting import Fitted, fit_group, fit_member, keep_copy
+from recsys.joint import joint_recipe, together, train_jointly
 from recsys.leaks import leaks, tell
 from recsys.metrics import Catalogue, parse_metric
 from recsys.out_of_fold import Fold, FoldScores, make_folds, sampled_scores
@@ -34,6 +37,9 @@ from recsys.tuning import tune
 TUNING_USERS = 5000
 """Validation users on which settings are chosen; of more a fixed random part."""
 
+
+PLAIN = "members alone"
+"""Under this name, which no rule can have, the members' standardised scores are taken out of fold as well."""
 
 EVERY_PART = (TRAIN, VALIDATION, TEST, HISTORY)
 
@@ -122,24 +128,46 @@ class RankingTask(Stages):
             monitor=self.experiment.primary,
         )
 
-    def _fit_all(self, data: TrainingData, members: Mapping[str, Part]) -> dict[str, Fitted]:
+    def _fit_all(
+        self, data: TrainingData, members: Mapping[str, Part], names: Collection[str] | None = None
+    ) -> dict[str, Fitted]:
+        """The members, all or some, fitted on the same rows: one by one, or together where the config says so."""
+        asked = [name for name in members if names is None or name in names]
+        group = together(members, self.experiment.training)
         fitted = {}
-        with progress("members", total=len(members), unit="members", quiet=self.run.quiet) as bar:
-            for name, part in members.items():
-                fitted[name] = self._fit(name, part, data)
-                bar.advance(1)
-        return fitted
+        with progress("members", total=len(asked), unit="members", quiet=self.run.quiet) as bar:
+            if not group.keys().isdisjoint(asked):
+                fitted = self._fit_together(group, data)
+                bar.advance(len(group.keys() & asked))
+            for name in asked:
+                if name not in fitted:
+                    fitted[name] = self._fit(name, members[name], data)
+                    bar.advance(1)
+        return {name: fitted[name] for name in asked}
+
+    def _fit_together(self, group: Mapping[str, Part], data: TrainingData) -> dict[str, Fitted]:
+        """Members trained in one graph; where nothing may be validated, for the epochs that were best in training."""
+        recipe = self.experiment.training
+        if data.validate is None:
+            recipe = joint_recipe(recipe, self.fitted[next(iter(group))].history or History())
+        strategy, seed, quiet = make_strategy(self.experiment.strategy), self.experiment.seed, self.run.quiet
+
+        def train(members: dict[str, Any], options: RunOptions) -> tuple[History, dict[str, Any]]:
+            history, weights = train_jointly(members, recipe, data, options)
+            return history, {"joint_weights": weights}
+
+        return fit_group(group, recipe, train, data, seed, strategy=strategy, quiet=quiet)
 
     def _fit(self, name: str, part: Part, data: TrainingData) -> Fitted:
         strategy = make_strategy(self.experiment.strategy)
         return fit_member(name, part, data, self.experiment.seed, strategy=strategy, quiet=self.run.quiet)
 
-    def _fit_again(self, parts: tuple[int, ...]) -> dict[str, Member]:
+    def _fit_again(self, parts: tuple[int, ...], names: Collection[str] | None = None) -> dict[str, Member]:
         """The members by the recipes that validation left, fitted on the positive rows of `parts`."""
         data = self.interactions
         rows = np.isin(self.parts, parts) & data.positive
         again = TrainingData(matrix=data.matrix(rows), catalogue=data.catalogue, cache=self.run.cache)
-        return {name: fitted.member for name, fitted in self._fit_all(again, self.recipes).items()}
+        return {name: fitted.member for name, fitted in self._fit_all(again, self.recipes, names).items()}
 
     @property
     def recipes(self) -> dict[str, Part]:
@@ -169,13 +197,28 @@ class RankingTask(Stages):
         """Fits the learned rules on out-of-fold scores and writes every rule to `rules/<name>/`."""
         rules = self._new_rules()
         learned = {name: rule for name, rule in rules.items() if rule.learned}
-        scores = self._out_of_fold_scores(learned) if learned else {}
+        plain = {PLAIN: Average(Average.Config(), list(self.experiment.members), self.OVER)}
+        scores = self._out_of_fold_scores(learned | plain) if learned else {}
         reports = {}
-        for name, parts in scores.items():
-            joined = FoldScores.join(parts)
+        for name in learned:
+            joined = FoldScores.join(scores[name])
             seed = derive_seed(self.experiment.seed, "rule", name)
             reports[name] = rules[name].fit(*vars(joined).values(), seed=seed)
+            if type(rules[name]).learned:
+                new_rule = functools.partial(self._new_rule, name)
+                found = shuffled_labels(new_rule, FitRows(**vars(joined)), self.experiment.seed)
+                reports[name]["shuffled_labels"] = found
+        if learned:
+            self._keep_quality(FoldScores.join(scores[PLAIN]))
         self._keep_rules(rules, reports)
+
+    def _keep_quality(self, scores: FoldScores) -> None:
+        """Leaves how good each member was on some of the lists that it scored out of fold, for `recsys.controls`."""
+        random = np.random.default_rng(derive_seed(self.experiment.seed, "quality"))
+        rows = random.permutation(len(scores.labels))[:ROWS]
+        given = (scores.features[rows], scores.mask[rows], scores.labels[rows], scores.weights[rows])
+        found = dict(zip(self.experiment.members, list_quality(*given).T, strict=True))
+        save_arrays(self.run.path("out_of_fold", "quality.npz"), found)
 
     def _out_of_fold_scores(self, rules: dict[str, Rule]) -> dict[str, list[FoldScores]]:
         settings, seed = self.experiment.out_of_fold, self.experiment.seed
@@ -235,16 +278,36 @@ class RankingTask(Stages):
 
             export_recommender(self)
 
-    def refitted(self) -> dict[str, Member]:
-        """The members as they are exported: fitted on every positive row, or as they were evaluated."""
+    def refitted(self, names: Collection[str] | None = None) -> dict[str, Member]:
+        """The members, all or some, as they are exported: fitted on every positive row, or as they were evaluated."""
+        chosen = [name for name in self.experiment.members if names is None or name in names]
         if self.experiment.export.refit == "none":
-            return {name: fitted.member for name, fitted in self.fitted.items()}
-        return self._fit_again(EVERY_PART)
+            return {name: self.fitted[name].member for name in chosen}
+        return self._fit_again(EVERY_PART, chosen)
 
-    def exported(self, rule: str) -> tuple[RankingCore, dict[str, Member]]:
-        """What is exported: the rule over its members, and these by name."""
-        parts, members = (TRAIN,) if self.experiment.export.refit == "none" else EVERY_PART, self.refitted()
-        return RankingCore(MemberScores(members, self._counts(parts)), self.rules[rule]), members
+    @property
+    def everybody(self) -> list[str]:
+        """The members that are not personal, the smallest first."""
+        fitted = {name: fitted.member for name, fitted in self.fitted.items() if not fitted.member.personal}
+        return sorted(fitted, key=lambda name: sum(array.nbytes for array in fitted[name].state().values()))
+
+    def exported(self, name: str) -> tuple[RankingCore, dict[str, Member]]:
+        """What is exported of a rule, or of a member alone: the rule over the members that it needs, and these."""
+        rule = self.rule_to_serve(name)
+        parts, refitted = (
+            (TRAIN,) if self.experiment.export.refit == "none" else EVERY_PART,
+            self.refitted(rule.members),
+        )
+        members = {member: refitted[member] for member in rule.members}  # in the order of the rule's axis S
+        return RankingCore(MemberScores(members, self._counts(parts)), rule), members
+
+    def searchable(self, members: Mapping[str, Member]) -> dict[str, Member]:
+        """The exported members, and those that are left out, as they were trained: searching by an example needs their
+        encoders, and what these make of an item does not depend on the rows."""
+        found = dict(members)
+        if self.experiment.export.search:
+            found |= {name: fitted.member for name, fitted in self.fitted.items() if name not in members}
+        return {name: found[name] for name in self.experiment.members if name in found}
 
     def known(self) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """`[U, I]` positives and everything seen, as the exported artifact knows them: every row, refitted or not.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from recsys.metrics.classes import Reliability
 from recsys.schema import Dropped
 from recsys.thumbnails import Picture
 
@@ -72,6 +73,7 @@ class ReportExtras:
         rule_weights: rule -> member -> weight.
         examples: recommendations of a few users.
         mistakes: a few wrongly classified examples.
+        reliability: member or rule -> how often its answers come true by confidence: `raw`, `calibrated` or `fused`.
         confusion: int `[C, C]`, rows the true class, columns the predicted one; `classes` has their names.
         cleaning: what was dropped and why.
         config: the resolved config as YAML.
@@ -87,6 +89,7 @@ class ReportExtras:
     rule_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     mistakes: Sequence[Mistake] = ()
+    reliability: Mapping[str, Mapping[str, Reliability]] = field(default_factory=dict)
     confusion: np.ndarray | None = None
     classes: Sequence[str] = ()
     cleaning: Sequence[Dropped] = ()

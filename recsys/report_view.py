@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from recsys import plots
+from recsys import plots, served
 from recsys.report_content import Example, Mistake, Recommended, ReportExtras
-from recsys.report_words import Figures, higher_is_better, rows_are, value_of, verdict
+from recsys.report_study import controls_of, diversity_of, study_charts
+from recsys.report_words import Figures, higher_is_better, reference_sentences, rows_are, value_of, verdict
 from recsys.thumbnails import Picture, Thumbnail, thumbnails
 
 MOST_CLASSES = 40
@@ -22,6 +23,7 @@ def view_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Any]:
     members, rules = report.get("members", {}), report.get("rules", {})
     validation = report.get("validation", {})
     order = _metric_order(extras.metric, members, rules)
+    references = {name: reference["figures"] for name, reference in report.get("references", {}).items()}
     return {
         "report": {"dataset": {}, "split": {}, **report},
         "title": extras.name or report.get("dataset", {}).get("name") or "run",
@@ -33,16 +35,20 @@ def view_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Any]:
         "headline": _headline(report, extras.metric),
         "comparison": _comparison(report, order),
         "tables": [
-            ("Test", _table(report, members, rules, order)),
+            ("Test", _table(report, members, rules, order, references)),
             ("Validation", _table(report, validation.get("members", {}), validation.get("rules", {}), order)),
         ],
         "segments": _segments(report, extras.metric),
         "weights": _weights(extras.rule_weights, list(members)),
         "cost": _cost(report, extras.metric),
+        "serving": (*served.sentences(report), *reference_sentences(report)),
+        "diversity": diversity_of(report),
+        "controls": controls_of(report),
         "colours": {name: index % 8 for index, name in enumerate(members)},
         "examples": _examples(extras.examples),
         "mistakes": _mistakes(extras.mistakes),
         "confused": _confused(extras),
+        "calibration": report.get("calibration", {}),
         "epochs": {name: len(rows) for name, rows in extras.learning_curves.items() if rows},
     }
 
@@ -90,9 +96,11 @@ def _comparison(report: Mapping[str, Any], order: Sequence[str]) -> list[dict[st
     return result
 
 
-def _table(report: Mapping[str, Any], members: Figures, rules: Figures, order: Sequence[str]) -> dict[str, Any]:
+def _table(
+    report: Mapping[str, Any], members: Figures, rules: Figures, order: Sequence[str], references: Figures | None = None
+) -> dict[str, Any]:
     """Rows of systems by columns of metrics, the best of each column marked."""
-    systems = {**members, **rules}
+    systems = {**members, **rules, **(references or {})}
     columns = [metric for metric in order if any(metric in figures for figures in systems.values())]
     best = {metric: _winning(_column(systems, metric), metric) for metric in columns}
     chosen = {report.get("best_member"), report.get("best_rule")}
@@ -105,7 +113,7 @@ def _table(report: Mapping[str, Any], members: Figures, rules: Figures, order: S
                 {**figures.get(metric, {}), "best": value_of(figures, metric) in best[metric]} for metric in columns
             ],
         }
-        for kind, part in (("member", members), ("rule", rules))
+        for kind, part in (("member", members), ("rule", rules), ("reference", references or {}))
         for name, figures in part.items()
     ]
     return {"columns": [{"name": m, "less": not higher_is_better(m)} for m in columns], "rows": rows}
@@ -289,12 +297,15 @@ def charts_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Figu
         charts["comparison"] = _comparison_chart(report, extras.metric)
     if extras.drop_one:
         charts["drop_one"] = _drop_one_chart(extras)
+    charts |= study_charts(report)
     curves = {name: rows for name, rows in extras.learning_curves.items() if rows}
     if curves:
         charts["learning_curves"] = plots.curves(curves)
     spots = _spots(report, extras.metric)
     if len(spots) > 1:
         charts["cost"] = plots.trade_off(spots, "milliseconds an answer takes (p95)", extras.metric)
+    if extras.reliability:
+        charts["reliability"] = plots.reliability(extras.reliability)
     if extras.confusion is not None and len(extras.classes) <= MOST_CLASSES:
         charts["confusion"] = plots.confusion(np.asarray(extras.confusion), extras.classes)
     return charts

@@ -52,6 +52,21 @@ def verdict(report: Mapping[str, Any], metric: str) -> Verdict:
     )
 
 
+def reference_sentences(report: Mapping[str, Any]) -> list[str]:
+    """How the best rule stands to each ensemble of another library over the same members; empty without one."""
+    metric, said = str(report.get("primary_metric")), []
+    for name, reference in report.get("references", {}).items():
+        difference = reference["difference"].get(metric)
+        if difference is None or difference["difference"] is None:
+            continue
+        interval = f"[{signed(difference['low'])}, {signed(difference['high'])}]"
+        said.append(
+            f"Beside {name} ({reference['form']}) over the same members, '{report['best_rule']}' differs on {metric} "
+            f"by {signed(difference['difference'])} {interval} (95\N{NO-BREAK SPACE}% paired bootstrap)."
+        )
+    return said
+
+
 def _qualifications(report: Mapping[str, Any], metric: str, n: int) -> Iterator[str]:
     rule, member = report["best_rule"], report["best_member"]
     systems = {**report.get("members", {}), **report.get("rules", {})}

@@ -91,7 +91,9 @@ class Run:
                 f"a run's folder must hold {CONFIG}; {folder} does not. Give the folder that a run printed."
             )
         settings = parse_yaml(config.read_text(encoding="utf-8"), str(config))
-        experiment = parse_experiment(merge(settings, {"export": export or {}}))
+        # What is left to do needs no cluster, and perhaps another machine than the one that trained.
+        here = {"strategy": {"kind": "default", "devices": []}}
+        experiment = parse_experiment(merge(settings, {"export": export or {}, **here}))
         return cls(folder.resolve(), experiment, quiet=quiet)
 
     @property

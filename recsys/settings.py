@@ -11,15 +11,20 @@ from fusion.config import Settings, content_hash, parse, part_of
 from fusion.errors import ConfigError
 from fusion.registry import nearest
 from fusion.rules import RULES
+from fusion.training.joint import JointClassifierTraining
+from fusion.training.joint import check_joint as check_joint_classifiers
 from fusion.training.member import CLASSIFIERS
-from fusion.training.strategy import StrategySettings, check_batch, make_strategy
+from fusion.training.strategy import StrategySettings, check_batch, check_strategy, check_training
 from fusion.types import Over
 from recsys.cleaning import CleaningSettings
 from recsys.collaborative import MEMBERS
+from recsys.copies import expand_copies
 from recsys.core import CONTEXT
 from recsys.datasets import READERS
+from recsys.joint import JointTraining, check_joint
 from recsys.metrics import parse_metric
 from recsys.presets import with_preset
+from recsys.shared import expand_encoders
 from recsys.splits import SplitSettings
 from recsys.tuning import Grid, check_grid
 
@@ -28,14 +33,15 @@ RANKING_METRICS = (
     "recall@10", "recall@20", "precision@10", "ndcg@10", "ndcg@20", "map@10", "mrr@10", "hit_rate@10", "auc",
     "coverage@10", "novelty@10", "diversity@10", "gini@10", "average_popularity@10",
 )  # fmt: skip
-CLASS_METRICS = ("accuracy", "log_loss", "auc", "rmse")
+CLASS_METRICS = ("accuracy", "log_loss", "auc", "rmse", "ece")
 
 
 class OutOfFoldSettings(Settings):
     """How the scores are made that learned rules are fitted on: the split is applied again inside the training rows."""
 
     folds: int = Field(2, ge=1, le=20)
-    """How often members are fitted without the rows that they then score."""
+    """How often members are fitted without the rows that they then score. Classes: 1 fits no member again; rules are
+    then fitted on the validation rows, and their own validation figures are cross-fitted."""
     shortlist: int = Field(50, ge=1, le=1000)
     """How many of each member's best unseen items stand against a user's positives."""
     negatives: int = Field(100, ge=1, le=10_000)
@@ -57,6 +63,11 @@ class EvaluationSettings(Settings):
     """Validation users that are ranked; of more, as many drawn at random. The test part is always ranked whole."""
     refit: bool = False
     """Rankings: True fits the members once more, on training and validation rows, before the test part is ranked."""
+    sklearn: bool = False
+    """Classification: lists scikit-learn's VotingClassifier and StackingClassifier over the same members beside the
+    rules, each in its best form by validation."""
+    never_worse: bool = True
+    """Where the best rule does not beat the best member on validation, say so and export the member alone."""
     samples: int = Field(1000, ge=100, le=100_000)
     """Bootstrap samples behind every interval."""
     short_history: int = Field(10, ge=1)
@@ -71,11 +82,13 @@ class ExportSettings(Settings):
     enabled: bool = True
     """False leaves the export out."""
     rule: str = "best"
-    """Name of the rule to export, or best: the one chosen on validation."""
+    """Name of the rule to export, or best: what validation chose, which may be a member alone (never_worse)."""
     refit: Literal["none", "all"] = "all"
     """all: the recipe is trained once more on every row before it is exported."""
     k_max: int = Field(100, ge=1, le=10_000)
     """Longest list that the exported graph returns."""
+    search: bool = True
+    """Rankings: keep what searching items by an example needs also of members that are left out of the artifact."""
     tflite: bool = True
     """Also write the core as a .tflite."""
     tflite_history: int = Field(128, ge=1, le=10_000)
@@ -107,6 +120,11 @@ class Experiment(Settings):
     """What is measured."""
     export: ExportSettings = ExportSettings()
     """What is written for servers and phones."""
+
+    @property
+    def fits_out_of_fold(self) -> int:
+        """How often each member is fitted again for the scores that learned rules are fitted on."""
+        return self.out_of_fold.folds
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -170,10 +188,13 @@ class Experiment(Settings):
             try:
                 member.registry[member.kind].check(member.config)
                 if hasattr(member.config, "training"):
-                    check_batch(member.config.training.batch_size, self.strategy)
+                    tuning = getattr(member.config, "fine_tuning", member.config)
+                    for training in (member.config.training, tuning.training):
+                        check_batch(training.batch_size, self.strategy, training.accumulate)
+                        check_training(training, member.registry[member.kind].accelerations, self.strategy)
             except ConfigError as error:
                 raise ConfigError(f"members.{name}: {error}") from None
-        make_strategy(self.strategy)  # last: it asks the machine, all others ask the config alone
+        check_strategy(self.strategy)  # last: it asks the machine, all others ask the config alone
 
 
 class RecommendationExperiment(Experiment):
@@ -182,7 +203,9 @@ class RecommendationExperiment(Experiment):
     task: Literal["recommendation"] = "recommendation"
     """What the ensemble does."""
     members: dict[str, part_of(MEMBERS)] = Field(min_length=1)  # type: ignore[valid-type]
-    """The members by name, in the order of the axis S."""
+    """The members by name, in the order of the axis S; `copies: 5` in one stands for five (`recsys.copies`)."""
+    training: JointTraining = JointTraining()
+    """Whether members are trained each by itself, or those with a gradient together; see `recsys.joint`."""
     tuning: dict[str, Grid] = Field(default_factory=dict)
     """Values to try on validation by member and key, as in `{ease: {l2: [100, 300]}}`; one key after the other."""
     collaborative: str | None = None
@@ -191,6 +214,14 @@ class RecommendationExperiment(Experiment):
     def check(self) -> None:
         """As `Experiment.check`; what is tuned must be there and take the values."""
         super().check()
+        if self.evaluation.sklearn:
+            raise ConfigError(
+                "evaluation.sklearn compares with ensembles of classifiers, and this experiment ranks items. "
+                "Leave it out."
+            )
+        check_joint(self.members, self.training)
+        check_batch(self.training.batch_size, self.strategy)
+        check_training(self.training, (), self.strategy)
         for name, grid in self.tuning.items():
             if name not in self.members:
                 raise ConfigError(f"tuning names the unknown member '{name}': {nearest(name, self.members)}")
@@ -215,15 +246,35 @@ class ClassificationExperiment(Experiment):
     task: Literal["classification"]
     """What the ensemble does."""
     members: dict[str, part_of(CLASSIFIERS, default="neural")] = Field(min_length=1)  # type: ignore[valid-type]
-    """The members by name, in the order of the axis S."""
+    """The members by name, in the order of the axis S; `copies: 5` in one stands for five (`recsys.copies`)."""
     context: tuple[str, ...] = ()
     """Numeric columns of the examples that rules may read, beside `words`, the logarithm of 1 + words of the text."""
+    training: JointClassifierTraining = JointClassifierTraining()
+    """Whether members are trained each by itself, or those with a gradient together; see `fusion.training.joint`."""
     _over: ClassVar[Over] = "classes"
 
     @property
     def readable(self) -> tuple[str, ...]:
         """Names of the context that rules may read."""
         return ("words", *self.context)
+
+    @property
+    def fits_out_of_fold(self) -> int:
+        """As `Experiment.fits_out_of_fold`; 0 where learned rules are fitted on the validation rows."""
+        return 0 if self.out_of_fold.folds == 1 else self.out_of_fold.folds
+
+    def check(self) -> None:
+        """As `Experiment.check`; joint training must have members and a rule to train through."""
+        super().check()
+        check_joint_classifiers(self.members, self.rules, self.training)
+        if self.training.mode == "joint":
+            if self.strategy.kind == "parameter_server":
+                raise ConfigError(
+                    "training.mode joint must go with a strategy whose devices step together (default, mirrored, "
+                    "multi_worker); received strategy.kind parameter_server. Take one of these, or mode separate."
+                )
+            check_batch(self.training.batch_size, self.strategy)
+            check_training(self.training, (), self.strategy)
 
     def _task_metrics(self) -> tuple[str, ...]:
         return CLASS_METRICS
@@ -246,7 +297,11 @@ def parse_experiment(config: dict[str, Any]) -> Any:
     task = config.get("task", "recommendation")
     if task not in TASKS:
         raise ConfigError(f"task: unknown task '{task}': {nearest(str(task), TASKS)}")
-    experiment = parse(TASKS[task], with_preset(config))
+    members, default = (MEMBERS, None) if task == "recommendation" else (CLASSIFIERS, "neural")
+    config = with_preset(config)
+    if task == "classification":
+        config = expand_encoders(config)
+    experiment = parse(TASKS[task], expand_copies(config, members, default))
     experiment.check()
     return experiment
 

@@ -14,6 +14,7 @@ from fusion.types import Over
 from recsys.fitting import Fitted, load_fitted
 from recsys.run import Run
 from recsys.schema import Dropped
+from recsys.served import rule_to_serve
 
 
 class Stages:
@@ -49,11 +50,12 @@ class Stages:
         }
 
     def _new_rules(self) -> dict[str, Rule]:
-        members = list(self.experiment.members)
-        return {
-            name: RULES[part.kind](part.config, members, self.OVER, name=name)
-            for name, part in self.experiment.rules.items()
-        }
+        return {name: self._new_rule(name) for name in self.experiment.rules}
+
+    def _new_rule(self, name: str) -> Rule:
+        part = self.experiment.rules[name]
+        rule: Rule = RULES[part.kind](part.config, list(self.experiment.members), self.OVER, name=name)
+        return rule
 
     def _keep_rules(self, rules: Mapping[str, Rule], reports: Mapping[str, dict[str, Any]]) -> None:
         """Writes every rule, and what fitting it said, to `rules/<name>/`."""
@@ -70,6 +72,15 @@ class Stages:
         for name, rule in rules.items():
             rule.load_state(load_arrays(self.run.path("rules", name, "state.npz")))
         return rules
+
+    @property
+    def everybody(self) -> list[str]:
+        """Members that answer whatever is missing of a user or an example, the cheapest first."""
+        return []
+
+    def rule_to_serve(self, name: str) -> Rule:
+        """The rule, or the member alone, over just the members that its answers need."""
+        return rule_to_serve(self.rules, name, self.OVER, self.everybody)
 
     @property
     def rule_reports(self) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from recsys.report_words import verdict
+from recsys import served
+from recsys.controls import alarms
+from recsys.report_words import reference_sentences, verdict
 
 SHOWN = {
     "recommendation": ("ndcg@10", "recall@10", "recall@20", "hit_rate@10", "auc", "coverage@10"),
@@ -31,6 +33,9 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
             row = [f"{system}{' *' if chosen else ''}", _interval(figures[primary])]
             table.add_row(*row, *(_value(figures.get(name)) for name in names[1:]), style="bold" if chosen else "")
         table.add_section()
+    for system, reference in report.get("references", {}).items():
+        figures = reference["figures"]
+        table.add_row(system, _interval(figures[primary]), *(_value(figures.get(name)) for name in names[1:]))
     console = Console(width=120, color_system=None, force_terminal=False)
     with console.capture() as captured:
         console.print(table)
@@ -40,6 +45,9 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
         "* chosen on validation; all figures are of the test part",
         "",
         verdict(report, primary).sentence,
+        *reference_sentences(report),
+        *served.sentences(report),
+        *alarms(report),
         f"page: {folder / 'report.html'}",
     ]
     if any((folder / "export").glob("*/*")):

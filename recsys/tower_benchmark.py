@@ -111,9 +111,9 @@ class _Peer:
 
 def _two_towers(shape: tuple[int, int], factors: int) -> keras.Model:
     """As in the retrieval tutorial of TensorFlow Recommenders, over numbers instead of strings."""
-    recommenders = tfrs()
+    recommenders: Any = tfrs()
 
-    class TwoTowers(recommenders.Model):
+    class TwoTowers(recommenders.Model):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.user, self.item = (keras.layers.Embedding(rows, factors) for rows in shape)

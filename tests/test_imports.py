@@ -16,9 +16,10 @@ KERAS = ("keras", "tf_keras", "tensorflow_recommenders", "tensorflow_model_optim
 LAYERS = (
     ("errors", "registry"),
     ("compat", "config", "types", "files", "progress"),
-    ("images",),
-    ("submodels", "rules"),
-    ("embeddings",),
+    ("images", "trees", "augmentation"),
+    ("submodels", "rules", "estimators"),
+    ("embeddings", "explain"),
+    ("activations",),
     ("ensemble",),
     ("training",),
     ("compression",),

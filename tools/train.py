@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_args()
 
+    from fusion.training.strategy import leads, served
     from recsys.pipeline import load_experiment, run_experiment
     from recsys.plan import plan
 
@@ -49,7 +50,11 @@ def main() -> int:
     if args.dry_run:
         show(plan(experiment, args.run_dir), args.json)
         return 0
+    if served(experiment.strategy, experiment.hash()):
+        return 0
     run = run_experiment(experiment, args.run_dir, fresh=args.fresh, resume=args.resume, quiet=args.quiet)
+    if not leads(experiment.strategy):
+        return 0
     report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     if args.json:
         print(json.dumps(report))

@@ -14,7 +14,11 @@ RULES = Registry(
         "vote": "fusion.rules.vote:Vote",
         "probability": "fusion.rules.probability:Probability",
         "greedy": "fusion.rules.greedy:Greedy",
+        "learned": "fusion.rules.learned:Learned",
+        "gate": "fusion.rules.gate:Gate",
         "stacker": "fusion.rules.stacker:Stacker",
+        "stacker_mlp": "fusion.rules.stacker_mlp:StackerMLP",
+        "stacker_gbdt": "fusion.rules.stacker_gbdt:StackerGBDT",
     },
 )
 

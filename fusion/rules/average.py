@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
-from fusion.compat import keras, tf
+from fusion.compat import keras
 from fusion.rules.base import MemberWeights, Rule, RuleSettings, given_weights
-from fusion.rules.normalisation import Normalisation, exponential, over_candidates, ranks, speaking_rows
+from fusion.rules.normalisation import Normalisation, exponential, over_candidates, ranks, speaking
 from fusion.types import Context, Over
 
 Mean = Literal["arithmetic", "geometric", "rank"]
@@ -52,12 +53,16 @@ class Average(Rule):
     def __init__(self, config: Config, members: Sequence[str], over: Over, **kwargs: Any) -> None:
         super().__init__(config, members, over, **kwargs)
         self._weights = given_weights("average", config.weights, members)
+        self.differentiable = config.mean != "rank"
 
     @classmethod
     def check(cls, config: Config, members: Sequence[str]) -> None:  # type: ignore[override]
         """As `Rule.check`; given weights must name the members."""
         super().check(config, members)
         given_weights("average", config.weights, members)
+
+    def _shares(self) -> np.ndarray:
+        return self._weights
 
     @property
     def in_logs(self) -> bool:
@@ -70,10 +75,9 @@ class Average(Rule):
         if self.over == "candidates":
             kind = OVER_CANDIDATES[config.mean]
             return over_candidates(kind, scores, mask, config.top_n, config.temperature)
-        if config.mean == "rank":
-            speaks = tf.broadcast_to(speaking_rows(scores, mask), tf.shape(scores))
-            return ranks(scores, speaks, ALL_CLASSES)
         log_probabilities = self._log_probabilities(scores, mask)
+        if config.mean == "rank":
+            return ranks(log_probabilities, speaking(log_probabilities), ALL_CLASSES)
         return log_probabilities if self.in_logs else exponential(log_probabilities)
 
     def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ not matter. Where no member speaks, a candidate gets -inf (sorted last) and a ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -19,8 +19,9 @@ from fusion.compat import keras, tf
 from fusion.config import Settings
 from fusion.errors import ConfigError, DataError
 from fusion.registry import nearest
+from fusion.rules.calibration import CALIBRATIONS, Method
 from fusion.rules.fitting import CandidateLists, ClassRows, candidate_lists, class_rows
-from fusion.rules.normalisation import fit_temperature, log_softmax, speaking, speaking_rows
+from fusion.rules.normalisation import LARGEST, exponential, silence, speaking, speaking_rows
 from fusion.types import Context, Over
 
 MemberWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
@@ -30,8 +31,8 @@ MemberWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 class RuleSettings(Settings):
     """Settings that all rules have."""
 
-    calibrate: bool = True
-    """Classes: fit one temperature per member on held-out logits before its probabilities are used."""
+    calibration: Method = "temperature"
+    """Classes: how members are calibrated on held-out logits before use: none, temperature, platt or isotonic."""
 
 
 class Rule(keras.layers.Layer):
@@ -44,7 +45,12 @@ class Rule(keras.layers.Layer):
         additive: of a class: a member's term needs no other member's scores but for who speaks, so that terms may be
             made for all candidates at once. Rules that are not derive from `fusion.rules.shapley.ShapleyRule`.
         learned: of a class: rules of this kind learn weights when none are given; of an object: `fit` has
-            something to do (weights, or the temperatures of members over classes).
+            something to do (weights, or the calibration of members over classes).
+        differentiable: of a class or an object: fused scores have a gradient with respect to the members' scores, so
+            that members may be trained through the rule as it stands before it is fitted.
+        falls_back: of a class: where no member with influence speaks, the others answer.
+        member_axes: of a class: which axis of a learned number is S, or None, where it is not the first one that is
+            as long as S.
 
     Raises:
         ConfigError: as `check` does.
@@ -53,6 +59,9 @@ class Rule(keras.layers.Layer):
     Config: ClassVar[type[RuleSettings]] = RuleSettings
     additive: ClassVar[bool] = True
     learned: bool = False
+    differentiable: bool = True
+    falls_back: ClassVar[bool] = False
+    member_axes: ClassVar[Mapping[str, int | None]] = {}
 
     def __init__(self, config: RuleSettings, members: Sequence[str], over: Over, **kwargs: Any) -> None:
         self.check(config, members)
@@ -62,8 +71,8 @@ class Rule(keras.layers.Layer):
         self.over: Over = over
         self.learned = self._learns()
         self._numbers: dict[str, Any] = {}
-        if over == "classes":
-            self._number("temperatures", np.ones(len(self.members), np.float32))
+        self._calibration = CALIBRATIONS[config.calibration if over == "classes" else "none"]
+        self._number_calibration(None)
 
     # ---- what a rule defines
 
@@ -94,19 +103,28 @@ class Rule(keras.layers.Layer):
         """Terms `[B, S, C]`, 0 where silent, and the bias `[B, C]`, -inf for candidates without a voice."""
         raise NotImplementedError
 
+    def _shares(self) -> np.ndarray:
+        """How much each member counts, `[S]`, 0 for those without influence; all count unless a rule says otherwise."""
+        return np.ones(len(self.members))
+
     def _learns(self) -> bool:
-        return self.over == "classes" and self.config.calibrate
+        return self.over == "classes" and self.config.calibration != "none"
 
     def _fit_classes(self, rows: ClassRows, seed: int) -> dict[str, Any]:
-        """Fits the temperatures; rules with weights go on from here with the calibrated members."""
+        """Calibrates the members; rules with weights go on from here."""
         before = self._log_loss(rows)
-        self._fit_temperatures(rows)
+        self._fit_calibration(rows)
         return {"loss_before": before, "loss_after": self._log_loss(rows), "iterations": 1}
 
     def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
         raise NotImplementedError
 
     # ---- what all rules share
+
+    def build(self, input_shape: Any) -> None:
+        """Makes the numbers that depend on how many classes there are."""
+        self._number_calibration(int(input_shape[-1]) if self.over == "classes" else None)
+        super().build(input_shape)
 
     @classmethod
     def check(cls, config: RuleSettings, members: Sequence[str]) -> None:
@@ -150,6 +168,10 @@ class Rule(keras.layers.Layer):
             return tf.nn.softmax(fused, axis=1)
         return fused / tf.reduce_sum(fused, axis=1, keepdims=True)
 
+    def calibrated(self, scores: Any, mask: Any = None) -> Any:
+        """Classes: the calibrated probabilities of each member, `[B, S, C]`, NaN where silent."""
+        return exponential(self._log_probabilities(scores, mask))
+
     def fit(
         self,
         features: np.ndarray,
@@ -188,8 +210,9 @@ class Rule(keras.layers.Layer):
         if self.over == "classes":
             rows = class_rows(features, mask, labels, weights, self._context(context))
             report = self._fit_classes(rows, seed)
-            temperatures = self._numbers["temperatures"].numpy()
-            return {**report, "rows": len(rows.labels), "temperatures": self._by_member(temperatures)}
+            if "temperatures" in self._numbers:
+                report["temperatures"] = self._by_member(self._numbers["temperatures"].numpy())
+            return {**report, "rows": len(rows.labels)}
         lists = candidate_lists(features, mask, labels, weights, len(self.members), self._context(context))
         return {**self._fit_candidates(lists, seed), "rows": len(lists.positives)}
 
@@ -199,6 +222,7 @@ class Rule(keras.layers.Layer):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes back what `state` gave; DataError when names or shapes differ or a number is not finite."""
+        self._number_calibration(self._calibration.classes(state))
         if set(state) != set(self._numbers):
             raise DataError(
                 f"the state of the rule '{type(self).__name__.lower()}' must hold {sorted(self._numbers)}; "
@@ -212,6 +236,39 @@ class Rule(keras.layers.Layer):
                     f"{tuple(variable.shape)}; received shape {value.shape}. Fit the rule again."
                 )
             variable.assign(value)
+
+    def used(self) -> tuple[str, ...]:
+        """Names of the members with any influence, in the order of axis S."""
+        return tuple(name for name, share in zip(self.members, self._shares(), strict=True) if share > 0)
+
+    def restricted(self, names: Collection[str]) -> Rule:
+        """The same rule over some of its members; over those of `used()` it is the whole with the others silent.
+
+        The order of the members stays; learned numbers are cut along S, given weights are divided by their sum.
+
+        Raises:
+            ConfigError: a name that is not of this rule, or none at all.
+        """
+        unknown = sorted(set(names) - set(self.members))
+        if unknown:
+            raise ConfigError(f"the rule has no member '{unknown[0]}': {nearest(unknown[0], self.members)}")
+        places = [place for place, name in enumerate(self.members) if name in names]
+        if len(places) == len(self.members):
+            return self
+        kept, config = [self.members[place] for place in places], self.config
+        given = getattr(config, "weights", None)
+        if isinstance(given, Mapping):
+            total = sum(given[name] for name in kept) or 1.0
+            config = config.model_copy(update={"weights": {name: given[name] / total for name in kept}})
+        rule = type(self)(config, kept, self.over, name=self.name)
+        rule.load_state({name: self._cut(name, values, places) for name, values in self.state().items()})
+        return rule
+
+    def _cut(self, name: str, values: np.ndarray, places: list[int]) -> np.ndarray:
+        """The part of a learned number that is of some members."""
+        first = 0 if values.shape[:1] == (len(self.members),) else None
+        axis = self.member_axes.get(name, first)
+        return values if axis is None else values.take(places, axis=axis)
 
     def get_config(self) -> dict[str, Any]:
         """What Keras needs to make the layer again; `from_config` is its inverse."""
@@ -257,8 +314,9 @@ class Rule(keras.layers.Layer):
 
     def _log_probabilities(self, scores: Any, mask: Any) -> Any:
         """Calibrated log-probabilities of classes, `[B, S, C]`, NaN where silent."""
-        temperatures = self._numbers["temperatures"][:, tf.newaxis]
-        return log_softmax(scores, speaking_rows(scores, mask), temperatures)
+        speaks = speaking_rows(scores, mask)
+        known = self._calibration.scores(tf.where(speaks, scores, 0.0), self._numbers)
+        return silence(tf.nn.log_softmax(known, axis=2), speaks)
 
     def _voiceless(self, voiced: Any, classes: Any) -> Any:
         """The bias `[B, C]` of entries without a voice: -inf for candidates, uniform for classes; else 0."""
@@ -273,18 +331,29 @@ class Rule(keras.layers.Layer):
         terms, voiced = weighted_mean(features, speaking(features, mask), weights)
         return terms, self._voiceless(voiced, tf.shape(features)[2])
 
-    def _fit_temperatures(self, rows: ClassRows) -> None:
-        if not self.config.calibrate:
-            return
-        fitted = [
-            fit_temperature(rows.logits[said, s], rows.labels[said], rows.weights[said])
-            for s, said in enumerate(rows.speaks.T)
-        ]
-        self._numbers["temperatures"].assign(fitted)
+    def _number_calibration(self, classes: int | None) -> None:
+        """Makes the numbers of the calibration that are not there yet; None while nothing tells how many classes."""
+        for name, value in self._calibration.identity(len(self.members), classes).items():
+            if name not in self._numbers:
+                self._number(name, value)
+
+    def _fit_calibration(self, rows: ClassRows) -> None:
+        """Calibrates each member on the rows on which it speaks; one that never does is left as it is."""
+        classes = rows.logits.shape[2]
+        self._number_calibration(classes)
+        numbers = self._calibration.identity(len(self.members), classes)
+        for s, said in enumerate(rows.speaks.T):
+            if said.any():
+                fitted = self._calibration.fit(rows.logits[said, s], rows.labels[said], rows.weights[said])
+                for name, value in fitted.items():
+                    numbers[name][s] = value
+        for name, value in numbers.items():
+            self._numbers[name].assign(value)
 
     def _log_loss(self, rows: ClassRows) -> float:
         """Mean log-loss of the rule as it stands."""
-        fused = self.probabilities(self(tf.constant(rows.logits), mask=tf.constant(rows.speaks))).numpy()
+        fused = self(tf.constant(rows.logits), mask=tf.constant(rows.speaks), context=rows.context)
+        fused = self.probabilities(fused).numpy()
         picked = fused[np.arange(len(rows.labels)), rows.labels].astype(np.float64)
         return float(-np.average(np.log(np.maximum(picked, 1e-15)), weights=rows.weights))
 
@@ -295,17 +364,26 @@ def weighted_mean(values: Any, speaks: Any, weights: Any) -> tuple[Any, Any]:
     Args:
         values: `[B, S, C]`, anything where silent.
         speaks: bool `[B, S, C]`.
-        weights: `[S]`, ≥ 0.
+        weights: `[S]`, or broadcastable to `[B, S, C]`; ≥ 0.
 
     Returns:
         terms `[B, S, C]`, 0 where silent; voiced, bool `[B, C]`: a member of positive weight speaks.
     """
-    weights = tf.convert_to_tensor(weights)[:, tf.newaxis]
+    weights = tf.convert_to_tensor(weights)
+    if weights.shape.rank == 1:
+        weights = weights[:, tf.newaxis]
     zero = tf.zeros([], weights.dtype)
     total = tf.reduce_sum(tf.where(speaks, weights, zero), axis=1, keepdims=True)
     voiced = total > 0
     terms = tf.where(speaks, values, zero) * weights / tf.where(voiced, total, tf.ones([], weights.dtype))
     return terms, voiced[:, 0]
+
+
+def softmax_mean(values: Any, speaks: Any, logits: Any) -> tuple[Any, Any]:
+    """`weighted_mean` by `softmax(logits)` over the members that speak; logits broadcastable to `[B, S, C]`."""
+    # Less the largest of those that speak: a silent member's weight must not make theirs vanish.
+    heard = tf.where(speaks, logits, tf.constant(-LARGEST, logits.dtype))
+    return weighted_mean(values, speaks, tf.exp(heard - tf.reduce_max(heard, axis=1, keepdims=True)))
 
 
 def given_weights(rule: str, weights: Mapping[str, float] | None, members: Sequence[str]) -> np.ndarray:

@@ -11,6 +11,15 @@ from fusion.compat import tf
 from fusion.types import Context
 
 
+def counted(values: Any, weights: np.ndarray | None = None) -> np.ndarray:
+    """The finite ones of the values `[N, 1]` or `[N, K]`, float64 `[n]`, less the padding that `weights` `[N, K]` tells
+    by 0."""
+    values = np.asarray(values, np.float64)
+    if weights is not None and values.shape == weights.shape:
+        values = values[weights > 0]
+    return values[np.isfinite(values)]
+
+
 def fit_scale(context: Context, names: Sequence[str], weights: np.ndarray | None = None) -> np.ndarray:
     """Mean and deviation of each number over the rows, NaN left out, float32 `[X, 2]`; a constant has deviation 1.
 
@@ -20,10 +29,7 @@ def fit_scale(context: Context, names: Sequence[str], weights: np.ndarray | None
     """
     scale = np.tile(np.array([0.0, 1.0], np.float32), (len(names), 1))
     for row, name in zip(scale, names, strict=True):
-        values = np.asarray(context[name], np.float64)
-        if weights is not None and values.shape == weights.shape:
-            values = values[weights > 0]
-        values = values[np.isfinite(values)]
+        values = counted(context[name], weights)
         if values.size:
             deviation = values.std()
             row[:] = values.mean(), deviation if deviation > 1e-6 * max(1.0, abs(values.mean())) else 1.0

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import OptimizeResult, minimize
 
 from fusion.compat import tf
 from fusion.errors import DataError
 from fusion.rules.normalisation import LARGEST
-from fusion.types import Context
+from fusion.types import Context, derive_seed
 
 BLOCK = 4_000_000
 """Numbers of the largest array that are cast to float64 at a time."""
@@ -84,7 +84,7 @@ def class_rows(
     if not kept.any():
         raise DataError(
             f"a rule is fitted on rows that a member answers; received {len(labels)} rows and no such row. "
-            "Use calibrate: false with a rule that is not learned, or more data."
+            "Use calibration: none with a rule that is not learned, or more data."
         )
     logits, speaks = logits[kept], speaks[kept]
     logits = np.where(speaks[:, :, None], logits, np.float32(0))
@@ -131,6 +131,17 @@ def _speaking(scores: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         return finite
     mask = np.asarray(mask, bool)
     return np.logical_and(finite, mask[:, :, None] if mask.ndim == 2 else mask)
+
+
+def drop_members(spoken: np.ndarray, members: Sequence[str], chance: float, seed: int) -> np.ndarray:
+    """`spoken`, bool `[N, S]`, with members silenced at random, each with this chance, but never all of a row.
+
+    A rule that is fitted on it has met every subset of its members.
+    """
+    # Drawn by name, so that the order of members does not matter.
+    draws = [np.random.default_rng(derive_seed(seed, "member dropout", name)).random(len(spoken)) for name in members]
+    kept = spoken & (np.stack(draws, axis=1) >= chance)
+    return np.where(kept.any(axis=1, keepdims=True), kept, spoken)
 
 
 def class_loss(fused: Any, labels: Any) -> Any:
@@ -191,10 +202,17 @@ class RowLoss:
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a loss is least: all parameters `[P]`, and the iterations taken."""
+    """Where a loss is least.
+
+    Attributes:
+        parameters: all of them, `[P]`.
+        iterations: how many were taken.
+        history: what was minimised, at the start and after each iteration.
+    """
 
     parameters: np.ndarray
     iterations: int
+    history: list[float] = field(default_factory=list)
 
 
 Penalty = Callable[[np.ndarray], tuple[float, np.ndarray]]
@@ -208,6 +226,7 @@ def minimise(
     directions: np.ndarray,
     bounds: Sequence[tuple[float | None, float | None]] | None = None,
     penalty: Penalty | None = None,
+    watch: Callable[[np.ndarray], None] | None = None,
 ) -> Minimum:
     """Minimises `mean loss + penalty / N` over `start + t @ directions` by L-BFGS-B with exact gradients.
 
@@ -216,20 +235,29 @@ def minimise(
         directions: `[d, P]`, what may move; rows of the identity free single parameters.
         bounds: `(low, high)` of each t.
         penalty: of t; counted once whatever the number of rows is.
+        watch: called with all parameters after each iteration; StopIteration ends the search there.
     """
     count = len(rows[0])
+    history: list[float] = []
 
     def penalised(steps: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = loss.mean(start + steps @ directions, rows)
         added, slope = (0.0, 0.0) if penalty is None else penalty(steps)
         return value + added / count, directions @ gradient + slope / count
 
+    def remember(intermediate_result: OptimizeResult) -> None:
+        history.append(float(intermediate_result.fun))
+        if watch is not None:
+            watch(start + intermediate_result.x @ directions)
+
+    history.append(float(penalised(np.zeros(len(directions)))[0]))
     best = minimize(
         penalised,
         np.zeros(len(directions)),
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
+        callback=remember,
         options={"maxiter": 300, "ftol": 1e-12, "gtol": 1e-8},
     )
-    return Minimum(start + best.x @ directions, int(best.nit))
+    return Minimum(start + best.x @ directions, int(best.nit), history)

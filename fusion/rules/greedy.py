@@ -24,16 +24,18 @@ class Greedy(ScaledRule):
     """Forward selection with replacement (Caruana et al. 2004, "Ensemble selection from libraries of models").
 
     Starting from nothing, the member is added, again if need be, whose addition helps the mean most: NDCG@k of
-    lists of candidates, the log-likelihood of classes. Of the path the best prefix on rows that it was not chosen
-    on is kept, and the whole is repeated on bags of rows; a member's weight is its mean share over the bags, and
-    shares below `least` are dropped. So weak members leave instead of being given small weights, and what stays
-    is close to an equal mean.
+    lists of candidates, the log-likelihood of classes. Of the path the prefix is kept that is best on rows that it was
+    not chosen on, or, by the key `standard_errors`, the shortest one that is not clearly worse. The whole is repeated
+    on bags of rows; a member's weight is its mean share over the bags, and shares below `least` are dropped. So weak
+    members leave instead of being given small weights, and what stays is close to an equal mean.
 
     For a row on which no chosen member says anything (somebody without a history), the dropped ones answer in
     equal parts.
     """
 
     learned = True
+    differentiable = False
+    falls_back = True
 
     class Config(ScaledSettings):
         """Settings of the selection."""
@@ -46,6 +48,8 @@ class Greedy(ScaledRule):
         """How many members are added at most, counting repeats."""
         bags: int = Field(10, ge=1, le=100)
         """How often the selection is repeated, each time on half of the rows and judged on the other half."""
+        standard_errors: float = Field(1.0, ge=0, le=5, allow_inf_nan=False)
+        """The shortest prefix is kept that is at most so many standard errors worse than the best one; 0: the best."""
         least: float = Field(0.08, ge=0, lt=1)
         """A member with a smaller share of the whole is dropped; the best one never is."""
         max_rows: int = Field(5000, ge=10)
@@ -56,6 +60,9 @@ class Greedy(ScaledRule):
     def __init__(self, config: Config, members: Sequence[str], over: Over, **kwargs: Any) -> None:
         super().__init__(config, members, over, **kwargs)
         self._number("weights", np.full(len(self.members), 1.0 / len(self.members), np.float32))
+
+    def _shares(self) -> np.ndarray:
+        return self._numbers["weights"].numpy()
 
     def _learns(self) -> bool:
         return True
@@ -70,7 +77,7 @@ class Greedy(ScaledRule):
         return terms, self._voiceless(tf.where(answered, voiced, heard), tf.shape(features)[2])
 
     def _fit_classes(self, rows: ClassRows, seed: int) -> dict[str, Any]:
-        self._fit_temperatures(rows)
+        self._fit_calibration(rows)
         before = self._log_loss(rows)
         calibrated = self._log_probabilities(tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
         picked = np.take_along_axis(calibrated, rows.labels[:, None, None], axis=2)[:, :, 0]
@@ -117,7 +124,8 @@ class Greedy(ScaledRule):
         for bag in range(self.config.bags):
             random = np.random.default_rng(derive_seed(seed, "bag", bag))
             inside = random.permutation(rows) < (rows + 1) // 2
-            shares += forward_selection(remembered, inside, order, self.config.steps) / self.config.bags
+            chosen = forward_selection(remembered, inside, order, self.config.steps, self.config.standard_errors)
+            shares += chosen / self.config.bags
         shares[(shares < self.config.least) & (shares < shares.max())] = 0.0
         weights = shares / shares.sum()
         self._numbers["weights"].assign(weights.astype(np.float32))
@@ -129,23 +137,37 @@ class Greedy(ScaledRule):
         }
 
 
-def forward_selection(goodness: Goodness, inside: np.ndarray, order: np.ndarray, steps: int) -> np.ndarray:
-    """Shares `[S]`, sum 1, of one greedy path over the rows `inside` (bool `[N]`), cut where the others are best.
+def forward_selection(
+    goodness: Goodness, inside: np.ndarray, order: np.ndarray, steps: int, standard_errors: float = 0.0
+) -> np.ndarray:
+    """Shares `[S]`, sum 1, of one greedy path over the rows `inside` (bool `[N]`), cut by the other rows.
 
     Ties go to a member that is in already, so that nobody joins for nothing, then to the first in `order`.
+
+    The path is cut at its shortest prefix that is at most `standard_errors` standard errors worse than its best one:
+    the rule of Breiman et al. (1984, section 3.4.3), with the error of the paired difference, because both prefixes
+    are judged on the same rows.
     """
     outside = ~inside if (~inside).any() else inside
     counts = [0] * len(order)
-    best, best_counts = -np.inf, tuple(counts)
+    path = []
     for _ in range(steps):
         extended = {s: (*counts[:s], counts[s] + 1, *counts[s + 1 :]) for s in order}
         value = {s: float(goodness(extended[s])[inside].mean()) for s in order}
         chosen = max(order, key=lambda s: (round(value[s], 9), counts[s] > 0))
         counts = list(extended[chosen])
-        judged = float(goodness(extended[chosen])[outside].mean())
-        if judged > best + 1e-9:
-            best, best_counts = judged, extended[chosen]
-    return np.asarray(best_counts) / sum(best_counts)
+        path.append(extended[chosen])
+    judged = [goodness(prefix)[outside] for prefix in path]
+    best = max(judged, key=lambda values: float(values.mean()))
+    kept = next(prefix for prefix, values in zip(path, judged, strict=True) if _no_worse(values, best, standard_errors))
+    return np.asarray(kept) / sum(kept)
+
+
+def _no_worse(values: np.ndarray, best: np.ndarray, standard_errors: float) -> bool:
+    """Whether the mean of `values` `[N]` is at most so many standard errors of the difference below that of `best`."""
+    difference = best - values
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return bool(difference.mean() <= standard_errors * error + 1e-9)
 
 
 def sampled_ndcg(fused: np.ndarray, positives: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:

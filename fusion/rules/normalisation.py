@@ -13,8 +13,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax as numpy_log_softmax
 
 from fusion.compat import tf
 
@@ -24,9 +22,6 @@ differences of them overflow."""
 
 FLAT = 1e-6
 """A range below this share of the largest magnitude is rounding of float32: the scores count as constant."""
-
-TEMPERATURES = (1e-2, 1e2)
-"""Where a temperature is looked for."""
 
 Normalisation = Literal["standardise", "rank", "log_rank", "softmax", "none"]
 """How a member's scores over candidates are made comparable."""
@@ -173,27 +168,3 @@ def over_candidates(kind: Normalisation, scores: Any, mask: Any, top_n: int, tem
         return log_ranks(scores, speaks, top_n)
     standardised = standardise(scores, speaks, bounds)
     return standardised if kind == "standardise" else log_softmax(standardised, speaks, temperature)
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """The temperature T > 0 that minimises the log-loss of `softmax(logits / T)` (Guo et al. 2017).
-
-    Args:
-        logits: `[N, C]` of rows that the member was not fitted on.
-        labels: int `[N]`.
-        weights: `[N]` of the rows; None means equal.
-
-    Returns:
-        T within `TEMPERATURES`; 1.0 when there is no row.
-    """
-    if len(logits) == 0:
-        return 1.0
-    logits = logits.astype(np.float64)
-
-    def loss(log_temperature: float) -> float:
-        log_probabilities = numpy_log_softmax(logits / np.exp(log_temperature), axis=1)
-        return -float(np.average(log_probabilities[np.arange(len(labels)), labels], weights=weights))
-
-    low, high = np.log(TEMPERATURES)
-    best = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4})
-    return float(np.exp(best.x))

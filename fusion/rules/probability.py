@@ -66,6 +66,9 @@ class Probability(ScaledRule):
                 "Divide them by it, or use the rule 'average', which does."
             )
 
+    def _shares(self) -> np.ndarray:
+        return self._numbers["weights"].numpy()
+
     def _learns(self) -> bool:
         return self.config.weights is None or super()._learns()
 
@@ -84,10 +87,10 @@ class Probability(ScaledRule):
         return {**report, "weights": self._by_member(self._numbers["weights"].numpy())}
 
     def _picked(self, rows: ClassRows) -> np.ndarray:
-        """The calibrated probability that each member gives to the true class, float64 `[N, S]`."""
-        logits = rows.logits / self._numbers["temperatures"].numpy()[:, None]
-        picked = np.take_along_axis(numpy_log_softmax(logits, axis=2), rows.labels[:, None, None], axis=2)
-        return np.exp(picked[:, :, 0].astype(np.float64))
+        """The calibrated probability that each member gives to the true class, float64 `[N, S]`, 0 where silent."""
+        calibrated = self._log_probabilities(tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
+        picked = np.take_along_axis(calibrated, rows.labels[:, None, None], axis=2)[:, :, 0]
+        return np.exp(np.where(rows.speaks, picked, -np.inf).astype(np.float64))
 
     def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
         members, pull = len(self.members), self.config.shrinkage / len(self.members)

@@ -17,6 +17,9 @@ from fusion.types import Context
 MOST_MEMBERS = 10
 """2^10 subsets are scored to explain an answer."""
 
+SUBSETS_AT_ONCE = 32
+"""A power of 2: operations on few candidates cost little more than being called."""
+
 
 class ShapleyRule(Rule):
     """A rule whose fused score is no sum of the members' own terms.
@@ -59,25 +62,35 @@ class ShapleyRule(Rule):
 
     def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """Shapley values `[B, S, C]`, and as bias `[B, C]` the score of nobody."""
-        speaks = speaking(features[:, : len(self.members)], mask)
-        members = len(self.members)
-        # A loop over subsets keeps memory at one score; the graph holds its body once.
-        shares = tf.constant(shapley_weights(members))  # [2^S, S]
+        members, together = len(self.members), min(SUBSETS_AT_ONCE, 2 ** len(self.members))
+        speaks = speaking(features[:, :members], mask)
+        shape = tf.shape(features)
+        shares = tf.constant(shapley_weights(members).T)  # [S, 2^S]
         playing = tf.constant(subsets(members))  # [2^S, S]
+        features = tf.where(tf.tile(speaks, [1, features.shape[1] // members, 1]), features, 0.0)
+        many, many_speak = tf.tile(features, [together, 1, 1]), tf.tile(speaks, [together, 1, 1])
+        many_context = {name: _repeated(values, together) for name, values in (context or {}).items()}
 
-        def add(number: Any, terms: Any) -> tuple[Any, Any]:
-            allowed = tf.gather(playing, number)[tf.newaxis, :, tf.newaxis]
-            value = self.score(features, tf.logical_and(speaks, allowed), context)
-            return number + 1, terms + value[:, tf.newaxis] * tf.gather(shares, number)[tf.newaxis, :, tf.newaxis]
+        # A loop over blocks of subsets bounds memory, and the graph holds its body once.
+        def add(start: Any, terms: Any) -> tuple[Any, Any]:
+            allowed = tf.repeat(playing[start : start + together], shape[0], axis=0)[:, :, tf.newaxis]
+            values = self.score(many, tf.logical_and(many_speak, allowed), many_context)
+            values = tf.reshape(values, [together, -1])  # [subsets, B·C]
+            return start + together, terms + tf.matmul(shares[:, start : start + together], values)
 
-        start = tf.zeros_like(features[:, :members])
-        _, terms = tf.while_loop(
-            lambda number, _: number < len(playing), add, (tf.constant(0), start), parallel_iterations=1
-        )
+        zero = tf.zeros(tf.stack([members, shape[0] * shape[2]]))
+        _, terms = tf.while_loop(lambda start, _: start < 2**members, add, (tf.constant(0), zero))
+        terms = tf.transpose(tf.reshape(terms, tf.stack([members, shape[0], shape[2]])), [1, 0, 2])
         voiced = tf.reduce_any(speaks, axis=1)
         nobody = self.score(features, tf.zeros_like(speaks), context)
-        bias = tf.where(voiced, nobody, 0.0) + self._voiceless(voiced, tf.shape(features)[2])
+        bias = tf.where(voiced, nobody, 0.0) + self._voiceless(voiced, shape[2])
         return tf.where(speaks, terms, 0.0), bias
+
+
+def _repeated(values: Any, times: int) -> Any:
+    """Context for a batch that is repeated as a whole; what is the same for all rows stays one row."""
+    values = tf.convert_to_tensor(values)
+    return values if values.shape[0] == 1 else tf.tile(values, [times, 1])
 
 
 def subsets(members: int) -> np.ndarray:

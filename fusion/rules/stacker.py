@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from fusion.compat import keras, tf
 from fusion.rules.base import Rule, RuleSettings
-from fusion.rules.fitting import CandidateLists, ClassRows, RowLoss, class_loss, list_wise_loss, minimise
+from fusion.rules.fitting import (
+    CandidateLists,
+    ClassRows,
+    RowLoss,
+    class_loss,
+    drop_members,
+    list_wise_loss,
+    minimise,
+)
 from fusion.rules.normalisation import over_candidates, speaking
-from fusion.types import Context, Over, derive_seed
+from fusion.types import Context, Over
 
 Feature = Literal["standardise", "rank", "log_rank"]
 
@@ -43,6 +51,7 @@ class Stacker(Rule):
     """
 
     learned = True
+    member_axes: ClassVar[Mapping[str, int | None]] = {"weights": 1, "bias": None}
 
     class Config(RuleSettings):
         """Settings of the stacker."""
@@ -138,7 +147,7 @@ class Stacker(Rule):
     def _fit_classes(self, rows: ClassRows, seed: int) -> dict[str, Any]:
         classes = rows.logits.shape[2]
         self._number_classes(classes)
-        self._fit_temperatures(rows)
+        self._fit_calibration(rows)
         calibrated = self._log_probabilities(tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
 
         def of_rows(parameters: Any, features: Any, speaks: Any, labels: Any, counts: Any) -> Any:
@@ -147,7 +156,7 @@ class Stacker(Rule):
             return counts * class_loss(tf.reduce_sum(terms, axis=1) + bias, labels)
 
         rows_as_given = (calibrated, rows.speaks, rows.labels, rows.weights)
-        dropped = (calibrated, self._drop_members(rows.speaks, seed), rows.labels, rows.weights)
+        dropped = (calibrated, self._dropped(rows.speaks, seed), rows.labels, rows.weights)
         return self._regress(RowLoss(of_rows, dropped), rows_as_given, dropped, classes)
 
     def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
@@ -156,7 +165,7 @@ class Stacker(Rule):
             terms, voiced = stack(features, speaks, weights, influence, compensation)
             return list_wise_loss(tf.reduce_sum(terms, axis=1), voiced, positives, counts)
 
-        kept = lists.speaks & self._drop_members(np.any(lists.speaks, axis=2), seed)[:, :, None]
+        kept = lists.speaks & self._dropped(np.any(lists.speaks, axis=2), seed)[:, :, None]
         rows_as_given = (lists.features, lists.speaks, lists.positives, lists.weights)
         dropped = (lists.features, kept, lists.positives, lists.weights)
         return self._regress(RowLoss(of_rows, dropped), rows_as_given, dropped, 0)
@@ -208,16 +217,8 @@ class Stacker(Rule):
         weights, rest = tf.reshape(parameters[:size], shape), parameters[size:]
         return weights, rest[:classes], rest[classes : classes + members], rest[classes + members]
 
-    def _drop_members(self, spoken: np.ndarray, seed: int) -> np.ndarray:
-        """`spoken` `[N, S]` with members silenced at random, but never all of a row."""
-        chance = self.config.member_dropout
-        draws = [
-            # Drawn by name, so that the order of members does not matter.
-            np.random.default_rng(derive_seed(seed, "member dropout", name)).random(len(spoken))
-            for name in self.members
-        ]
-        kept = spoken & (np.stack(draws, axis=1) >= chance)
-        return np.where(kept.any(axis=1, keepdims=True), kept, spoken)
+    def _dropped(self, spoken: np.ndarray, seed: int) -> np.ndarray:
+        return drop_members(spoken, self.members, self.config.member_dropout, seed)
 
     def _coefficients(self) -> dict[str, Any]:
         """What was learned, for the report: influence as `weights`, and the coefficients with their signs."""

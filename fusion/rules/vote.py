@@ -33,6 +33,8 @@ class Vote(Rule):
     the points: `borda` N, N-1, ... 1; `reciprocal_rank` 1/(k + rank), rank from 1 (Cormack et al. 2009).
     """
 
+    differentiable = False
+
     class Config(RuleSettings):
         """Settings of the vote."""
 
@@ -58,6 +60,9 @@ class Vote(Rule):
         """As `Rule.check`; given weights must name the members."""
         super().check(config, members)
         given_weights("vote", config.weights, members)
+
+    def _shares(self) -> np.ndarray:
+        return self._weights
 
     def normalise(self, scores: Any, mask: Any = None) -> Any:
         """Classes: log-probabilities; candidates: points of the places."""

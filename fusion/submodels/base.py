@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 import numpy as np
 import pydantic
@@ -21,6 +21,12 @@ from fusion.types import Features
 FineTune = Annotated[int, pydantic.Field(ge=0)] | Literal["all"]
 """How much of a pretrained encoder is trained: 0 nothing, n the last n blocks, 'all' everything."""
 
+SIXTEEN_BITS = {"float16", "bfloat16"}
+"""What layers of mixed precision reckon in: what they make is not what float32 makes, and never shares its cache."""
+
+TRIM_MULTIPLE = 4
+"""Batches are padded to a multiple of this many positions, so that few different shapes meet the kernels."""
+
 
 class Submodel(abc.ABC):
     """A content encoder: `prepare` turns raw values into named inputs, `encoder` turns those into embeddings.
@@ -31,7 +37,7 @@ class Submodel(abc.ABC):
     """
 
     Config: ClassVar[type[Settings]]
-    modality: ClassVar[Literal["text", "image"]]
+    modality: ClassVar[Literal["text", "image", "tabular"]]
     not_in_fingerprint: ClassVar[frozenset[str]] = frozenset({"fine_tune", "dropout"})
     """Settings that the embedding of a value does not depend on, once the weights are given."""
 
@@ -46,7 +52,8 @@ class Submodel(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
-        """Raw values (texts, or images as uint8 `[N, H, W, 3]`) as the named inputs of `encoder()`.
+        """Raw values as the named inputs of `encoder()`: texts, images as uint8 `[N, H, W, 3]`, or rows of a table as a
+        structured array `[N]` of text.
 
         With `fixed_length` shapes do not depend on the values, as graphs of a fixed shape need it.
         """
@@ -54,6 +61,29 @@ class Submodel(abc.ABC):
     @abc.abstractmethod
     def _build(self) -> keras.Model:
         """A flat functional model with its weights loaded, inputs named as in `prepare`, output `[B, D]`."""
+
+    def pieces(self, text: str) -> list[str]:
+        """What stands at each position of the second axis of the inputs for one text; for explanations (text only)."""
+        raise ValueError(f"{type(self).__name__} reads no text, so that there are no words to explain.")
+
+    def parts(self, text: str) -> np.ndarray | None:
+        """Where an embedding is a sum of parts, those of the `pieces` of one text, float32 `[N, D]`; else None."""
+        return None
+
+    def lengths(self, features: Features) -> np.ndarray | None:
+        """How many positions of each prepared row are no padding, int64 `[N]`; None where rows have one length.
+
+        Where it is given, the second axis of every input is that of positions, and padding is ignored by the encoder.
+        """
+        return None
+
+    def trim(self, features: Features) -> Features:
+        """A batch without the positions that are padding in all of its rows; its embeddings stay as they were."""
+        lengths = self.lengths(features)
+        if lengths is None:
+            return features
+        longest = padded_length(lengths)
+        return {name: array[:, :longest] for name, array in features.items()}
 
     def encoder(self) -> keras.Model:
         """The encoder: named inputs -> `[B, D]` float32 from a layer called `embedding`. Built once and kept.
@@ -72,7 +102,7 @@ class Submodel(abc.ABC):
         (`fusion.embeddings.embed` cuts into batches).
         """
         if self._inference is None or self._inference[0] is not self.encoder():
-            self._inference = self.encoder(), _trace(self.encoder())
+            self._inference = self.encoder(), trace(self.encoder())
         embeddings: np.ndarray = self._inference[1](**features).numpy()
         return embeddings
 
@@ -92,11 +122,16 @@ class Submodel(abc.ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that an embedding depends on: settings, weights as they are now, fitted state."""
+        return self._fingerprint(self.encoder())
+
+    def _fingerprint(self, model: keras.Model) -> str:
+        """What the outputs of `model`, the encoder or a part of it, depend on."""
         digest = hashlib.sha256(type(self).__name__.encode())
         digest.update(self._identity().encode())
+        digest.update(" ".join(sorted({layer.compute_dtype for layer in model.layers} & SIXTEEN_BITS)).encode())
         for name, array in sorted(self.state().items()):
             _update(digest, name, array)
-        for position, weight in enumerate(self.encoder().get_weights()):
+        for position, weight in enumerate(model.get_weights()):
             _update(digest, str(position), weight)
         return digest.hexdigest()
 
@@ -118,7 +153,19 @@ class Submodel(abc.ABC):
 
 
 class Pretrained(Submodel):
-    """A submodel that starts from pretrained weights; its `Config` has `fine_tune: FineTune`."""
+    """A submodel that starts from pretrained weights; its `Config` has `fine_tune: FineTune`.
+
+    Where only the last blocks are trained (`has_trunk`) the encoder is the *trunk*, which is frozen and needs to run
+    once over the data (`fusion.activations`), and the *top*, which reads what leaves the trunk. Every layer of the
+    encoder is called once, with nothing but tensors.
+    """
+
+    by_row: ClassVar[bool] = True
+    """Whether every tensor of the encoder has the leading axis B, so that what leaves a trunk can be kept by row."""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        super().__init__(config, seed)
+        self._parts: tuple[keras.Model, keras.Model] | None = None
 
     @abc.abstractmethod
     def _blocks(self) -> list[list[keras.layers.Layer]]:
@@ -128,6 +175,32 @@ class Pretrained(Submodel):
     def frozen(self) -> bool:
         """True when no weight of the encoder is trained, so that embeddings can be made once and kept."""
         return bool(self.config.fine_tune == 0)
+
+    def trunk(self) -> keras.Model:
+        """The frozen part: named inputs -> by name, what enters the first trained block and all after it.
+
+        It shares its layers with `encoder()`, and is there only where some blocks are frozen and some are not.
+        """
+        return self._split()[0]
+
+    def top(self) -> keras.Model:
+        """The trained part: the outputs of `trunk()`, by the same names -> embedding float32 `[B, D]`.
+
+        It shares its layers with `encoder()`, so that training one trains the other.
+        """
+        return self._split()[1]
+
+    def trunk_fingerprint(self) -> str:
+        """SHA-256 (hex) of all that the trunk's outputs depend on; what is trained above it is not among that."""
+        trunk = self.trunk()
+        return hashlib.sha256(f"{trunk.output_names} {self._fingerprint(trunk)}".encode()).hexdigest()
+
+    def _split(self) -> tuple[keras.Model, keras.Model]:
+        if self._parts is None:
+            if not has_trunk(self):
+                raise ValueError(f"fine_tune must leave some blocks frozen; received {self.config.fine_tune}.")
+            self._parts = split(self.encoder(), {id(layer) for layer in self.unfreeze()})
+        return self._parts
 
     def unfreeze(self) -> list[keras.layers.Layer]:
         """Makes exactly the layers trainable that `fine_tune` names, freezes all others, and returns the former.
@@ -150,12 +223,50 @@ class Pretrained(Submodel):
         return chosen
 
 
-def _trace(encoder: keras.Model) -> Any:
-    """The encoder in inference mode as a concrete function of named features of any batch size."""
+def has_trunk(submodel: Submodel) -> TypeGuard[Pretrained]:
+    """Whether some blocks of the encoder are trained and those before them are not."""
+    if not isinstance(submodel, Pretrained) or not submodel.by_row or submodel.config.fine_tune in (0, "all"):
+        return False
+    return bool(submodel.config.fine_tune < len(submodel._blocks()))
+
+
+def split(encoder: keras.Model, trained: set[int]) -> tuple[keras.Model, keras.Model]:
+    """Cuts a functional model where the layers of which `trained` holds the `id` begin.
+
+    Returns:
+        What does not depend on them: the model's inputs -> by name, all tensors that the rest reads; and the rest:
+        these tensors -> the model's output. Both share their layers with the model.
+    """
+    above: list[keras.layers.Layer] = []
+    known: set[int] = set(trained)
+    crossing: dict[int, Any] = {}
+    for layer in encoder.layers:  # in the order of their depth, so that a layer comes after those that it reads
+        read = tf.nest.flatten(layer.get_input_at(0))
+        if id(layer) in known or any(id(tensor.node.layer) in known for tensor in read):
+            known.add(id(layer))
+            above.append(layer)
+            crossing |= {id(tensor): tensor for tensor in read if id(tensor.node.layer) not in known}
+    named = {tensor.node.layer.name: tensor for tensor in crossing.values()}
+    inputs = {name: keras.Input(tensor.shape[1:], dtype=tensor.dtype, name=name) for name, tensor in named.items()}
+    values = {id(tensor): inputs[name] for name, tensor in named.items()}
+    for layer in above:
+        read = tf.nest.map_structure(lambda tensor: values[id(tensor)], layer.get_input_at(0))
+        values[id(layer.get_output_at(0))] = layer(read)
+    trunk = keras.Model(encoder.inputs, named, name=f"{encoder.name}_trunk")
+    return trunk, keras.Model(list(inputs.values()), values[id(encoder.output)], name=f"{encoder.name}_top")
+
+
+def padded_length(lengths: np.ndarray) -> int:
+    """The length that rows of these lengths are padded to: the longest, rounded up to a multiple of 4, at least 4."""
+    return TRIM_MULTIPLE * max(1, -(-int(np.max(lengths, initial=0)) // TRIM_MULTIPLE))
+
+
+def trace(model: keras.Model) -> Any:
+    """The model in inference mode as a concrete function of named features of any batch size."""
     signature = {
-        tensor.name: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name) for tensor in encoder.inputs
+        tensor.name: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name) for tensor in model.inputs
     }
-    infer = tf.function(lambda **features: encoder(features, training=False))
+    infer = tf.function(lambda **features: model(features, training=False))
     return infer.get_concrete_function(**signature)
 
 

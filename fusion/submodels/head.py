@@ -30,7 +30,8 @@ def head(dimensions: int, classes: int, config: HeadSettings, seed: int = 0) -> 
         x = _dense(_drop(x, f"head_dropout{number}", config.dropout, seed), f"head_dense{number}", width, seed)
         x = layers.ReLU(name=f"head_relu{number}")(x)
     x = _drop(x, "head_dropout", config.dropout, seed)
-    return keras.Model(features, _dense(x, "logits", classes, seed), name="head")
+    # A softmax needs the range of float32, whatever precision the rest is built in.
+    return keras.Model(features, _dense(x, "logits", classes, seed, dtype="float32"), name="head")
 
 
 def classifier(encoder: keras.Model, head: keras.Model) -> keras.Model:
@@ -45,9 +46,9 @@ def classifier(encoder: keras.Model, head: keras.Model) -> keras.Model:
     return keras.Model(encoder.inputs, {"logits": x, "embedding": encoder.output}, name=f"{encoder.name}_classifier")
 
 
-def _dense(x: keras.KerasTensor, name: str, width: int, seed: int) -> keras.KerasTensor:
+def _dense(x: keras.KerasTensor, name: str, width: int, seed: int, dtype: str | None = None) -> keras.KerasTensor:
     initializer = keras.initializers.GlorotUniform(seed=derive_seed(seed, "head", name))
-    return layers.Dense(width, kernel_initializer=initializer, name=name)(x)
+    return layers.Dense(width, kernel_initializer=initializer, dtype=dtype, name=name)(x)
 
 
 def _drop(x: keras.KerasTensor, name: str, rate: float, seed: int) -> keras.KerasTensor:

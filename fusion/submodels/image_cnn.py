@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from fusion.compat import keras
+from fusion.compat import keras, tf
 from fusion.config import Settings
 from fusion.submodels.base import Submodel, check_images
 from fusion.types import Features, derive_seed
@@ -61,7 +61,7 @@ class ImageCnn(Submodel):
             if number > 0:
                 x = layers.MaxPooling2D(name=f"block{number}_pool")(x)
             x = self._block(x, f"block{number}", width)
-        return keras.Model(image, layers.GlobalAveragePooling2D(name="embedding")(x), name="image_cnn")
+        return keras.Model(image, layers.GlobalAveragePooling2D(name="embedding", dtype="float32")(x), name="image_cnn")
 
     def _block(self, x: Any, name: str, width: int) -> Any:
         # No bias, because BatchNormalization has one; the activation is a layer of its own, as TFMOT folds it.
@@ -69,7 +69,9 @@ class ImageCnn(Submodel):
         x = layers.Conv2D(
             width, 3, padding="same", use_bias=False, kernel_initializer=initializer, name=f"{name}_conv"
         )(x)
-        x = layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x)
+        # Copies on several devices share their statistics, so that these are of the whole batch.
+        shared = tf.distribute.get_strategy().num_replicas_in_sync > 1
+        x = layers.BatchNormalization(momentum=0.9, synchronized=shared, name=f"{name}_bn")(x)
         x = layers.ReLU(name=f"{name}_relu")(x)
         if self.config.dropout == 0:
             return x

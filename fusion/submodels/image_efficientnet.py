@@ -111,7 +111,7 @@ def _backbone(image_size: int, seed: int) -> tuple[Any, Any]:
             x = _inverted_residual(x, f"block{number}", expansion, filters, kernel, stride, seed)
             number += 1
     x = _convolution(x, "head_conv", "head_bn", FEATURES, kernel=1, stride=1, seed=seed)
-    return image, layers.GlobalAveragePooling2D(name="embedding")(x)
+    return image, layers.GlobalAveragePooling2D(name="embedding", dtype="float32")(x)
 
 
 def _inverted_residual(

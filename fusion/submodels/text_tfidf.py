@@ -77,6 +77,19 @@ class TextTfidf(Submodel):
             return {"tfidf": np.zeros((0, components.shape[1]), np.float32)}
         return {"tfidf": vectorizer.transform(check_texts(values)).toarray().astype(np.float32)}
 
+    def pieces(self, text: str) -> list[str]:
+        """The known words of a text, in the order of the vocabulary."""
+        return [str(self._fitted()[0].get_feature_names_out()[number]) for number in self._present(text)]
+
+    def parts(self, text: str) -> np.ndarray:
+        """What each known word brings into the embedding, at the length that this text has."""
+        present, components = self._present(text), self._fitted()[1]
+        vectors = self.prepare([text])["tfidf"][0, present, None] * components.T[present]
+        return vectors / max(float(np.linalg.norm(vectors.sum(axis=0))), 1e-12)
+
+    def _present(self, text: str) -> np.ndarray:
+        return np.flatnonzero(self.prepare([text])["tfidf"][0])
+
     def unfreeze(self) -> list[keras.layers.Layer]:
         """Freezes the projection; nothing is trained."""
         for layer in self.encoder().layers:
@@ -110,7 +123,9 @@ class TextTfidf(Submodel):
         components = self._fitted()[1]
         tfidf = layers.Input((components.shape[1],), name="tfidf")
         projection = layers.Dense(components.shape[0], use_bias=False, name="projection")
-        encoder = keras.Model(tfidf, layers.UnitNormalization(name="embedding")(projection(tfidf)), name="text_tfidf")
+        encoder = keras.Model(
+            tfidf, layers.UnitNormalization(name="embedding", dtype="float32")(projection(tfidf)), name="text_tfidf"
+        )
         projection.set_weights([components.T])
         return encoder
 

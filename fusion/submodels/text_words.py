@@ -82,6 +82,10 @@ class WordEncoder(Submodel):
             words[number, : len(row)] = row
         return {"words": words}
 
+    def pieces(self, text: str) -> list[str]:
+        """The words that are read of a text."""
+        return words_of(text)[: self.config.max_words]
+
     def lengths(self, features: Features) -> np.ndarray:
         """Words of each row, int64 `[N]`."""
         return np.asarray((features["words"] != PADDING).sum(axis=1, dtype=np.int64))

@@ -30,6 +30,9 @@ _TASK_BYTES = 16 << 20
 _SAMPLES = 16
 """Rows looked at to learn which axes vary."""
 
+_SORTED_BATCHES = 32
+"""Batches whose rows are sorted by length together; other rows meet in each epoch, because they are drawn anew."""
+
 
 class Rows(NamedTuple):
     """Rows that are gathered on demand, out of a memory map or of files.
@@ -38,13 +41,15 @@ class Rows(NamedTuple):
         n: number of rows.
         gather: takes row numbers int64 [b] and returns named arrays with the leading axis b; once per batch, from
             worker threads. Other axes may differ from batch to batch, as when texts are padded to the longest.
+        lengths: int [n], for rows of unequal length: rows of similar length then share a batch.
     """
 
     n: int
     gather: Callable[[np.ndarray], Features]
+    lengths: np.ndarray | None = None
 
 
-def as_rows(data: Mapping[str, np.ndarray] | tuple[int, Callable[[np.ndarray], Features]]) -> Rows:
+def as_rows(data: Mapping[str, np.ndarray] | Rows | tuple[int, Callable[[np.ndarray], Features]]) -> Rows:
     """Named arrays of equal length, or (n, gather), as `Rows`. Raises DataError when there is nothing to read."""
     if isinstance(data, Mapping):
         lengths = {name: len(array) for name, array in data.items()}
@@ -59,9 +64,23 @@ def as_rows(data: Mapping[str, np.ndarray] | tuple[int, Callable[[np.ndarray], F
     return rows
 
 
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The row numbers of an epoch in the order of training, int64 [n]."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def epoch_order(seed: int, epoch: int, n: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> np.ndarray:
+    """The row numbers of an epoch in the order of training, int64 [n].
+
+    With `lengths` [n] the full batches among each `_SORTED_BATCHES` are drawn first, then sorted by length, so that
+    little of a batch is padding; and at last the batches are shuffled. The rows after the last full batch stay last.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(n)
+    if lengths is None:
+        return order
+    full = n // batch_size * batch_size
+    window = _SORTED_BATCHES * batch_size
+    for start in range(0, full, window):
+        drawn = order[start : min(start + window, full)]
+        order[start : start + len(drawn)] = drawn[np.argsort(lengths[drawn], kind="stable")]
+    order[:full] = random.permutation(order[:full].reshape(-1, batch_size)).reshape(-1)
+    return order
 
 
 @dataclass(frozen=True)
@@ -71,13 +90,13 @@ class BatchPlan:
     Attributes:
         n: number of rows.
         batch_size: rows of a batch over all replicas.
-        replicas: devices that share a batch.
+        shares: equal parts that a batch must have: one a device, or several where it accumulates gradients.
         drop_remainder: leave out the rows after the last full batch (another set of rows each epoch).
     """
 
     n: int
     batch_size: int
-    replicas: int
+    shares: int
     drop_remainder: bool
 
     @property
@@ -149,11 +168,11 @@ class Feed:
             return [_stack(list(alike)) for _, alike in itertools.groupby(batches, _shapes)]
 
     def _batch(self, position: int) -> tuple[Features, np.ndarray]:
-        size, replicas = self._plan.batch_size, self._plan.replicas
+        size, shares = self._plan.batch_size, self._plan.shares
         numbers = self._order[position * size : (position + 1) * size]
-        # A short batch is filled up to a multiple of the replicas with repeated rows of weight 0, because
+        # A short batch is filled up to a multiple of the shares with repeated rows of weight 0, because
         # every replica must get as many rows. They do enter the statistics of BatchNormalization.
-        filled = math.ceil(len(numbers) / replicas) * replicas
+        filled = math.ceil(len(numbers) / shares) * shares
         weights = np.zeros(filled, np.float32)
         weights[: len(numbers)] = 1.0 / len(numbers)
         return self._rows.gather(np.resize(numbers, filled)), weights

@@ -18,6 +18,7 @@ from typing import Any
 from fusion.compat import keras, tf
 from fusion.errors import ConfigError, MachineError
 from fusion.progress import note
+from fusion.training.cluster import exchange
 from fusion.types import History
 
 _KEEP = 2
@@ -126,7 +127,11 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer, state: TrainingState
+        self,
+        directory: Path,
+        model: keras.Model,
+        optimizer: tf.Module | keras.optimizers.Optimizer,
+        state: TrainingState,
     ) -> None:
         self._directory = directory / "checkpoints"
         self._weights = changing_variables(model)
@@ -166,13 +171,28 @@ class Checkpoints:
         for kept, variable in zip(self._best, self._weights, strict=True):
             variable.assign(kept)
 
-    def restore(self, quiet: bool) -> bool:
+    def restore(self, quiet: bool, strategy: Any = None) -> bool:
         """Continues from the newest checkpoint that can be read; False when there is none at all.
 
+        Processes that train in step each have checkpoints of their own, because some of their states differ, and
+        continue from the newest one that all of them have.
+
         Raises ConfigError when the folder holds another run, MachineError when checkpoints are there but none of
-        them can be read.
+        them can be read, or processes would continue from different ones.
         """
+        restored = self._restore_own(quiet, strategy)
+        steps = exchange(strategy, "restored step", [self.state.step])
+        if (steps != steps[0]).any():
+            raise MachineError(
+                f"all processes must continue from one step; theirs are {', '.join(map(str, steps[:, 0]))}, because a "
+                f"checkpoint cannot be read. Remove {self._directory} in each of them to train from the start."
+            )
+        return restored
+
+    def _restore_own(self, quiet: bool, strategy: Any) -> bool:
         found = self._found()
+        newest = int(exchange(strategy, "newest checkpoint", [_number(found[0]) if found else 0]).min())
+        found = [path for path in found if _number(path) <= newest]
         for path in found:
             try:
                 self._check_same_run(path)
@@ -205,6 +225,10 @@ class Checkpoints:
                 "training can be continued only with the settings, seed and rows that it was begun with; "
                 f"{self._directory} was begun with others. Train into another folder, or start anew with --fresh."
             )
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def write_history(path: Path, history: History) -> None:

@@ -9,16 +9,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fusion.augmentation import Augmentation
 from fusion.compat import keras, tf
 from fusion.config import Settings, content_hash, part_of
 from fusion.errors import ConfigError
 from fusion.registry import Registry
 from fusion.submodels import SUBMODELS
 from fusion.submodels.head import HeadSettings, classifier, head
-from fusion.training.separate import ClassifierTraining, Examples, in_batches, train_classifier
+from fusion.training.separate import ClassifierTraining, Examples, in_batches, new_classifier, train_classifier
 from fusion.types import History, RunOptions, derive_seed
 
-CLASSIFIERS = Registry("classifier member", {"neural": "fusion.training.member:ClassifierMember"})
+CLASSIFIERS = Registry(
+    "classifier member",
+    {
+        "neural": "fusion.training.member:ClassifierMember",
+        "sklearn": "fusion.training.sklearn_member:SklearnMember",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,14 @@ class LabelledData:
         return content_hash([self.hash, self.classes])
 
 
+def check_columns(config: Any) -> str:
+    """The modality of a member's encoder; ConfigError when it reads columns and the member names none."""
+    modality: str = config.encoder.registry[config.encoder.kind].modality
+    if modality != "image" and not config.columns:
+        raise ConfigError(f"a {modality} member must name its columns, as in 'columns: [title]'; received none.")
+    return modality
+
+
 class ClassifierMember:
     """An encoder and a head: values -> logits `[N, C]`.
 
@@ -56,13 +71,21 @@ class ClassifierMember:
         encoder: part_of(SUBMODELS)  # type: ignore[valid-type]
         """The submodel: image_cnn, text_bert, ..."""
         columns: tuple[str, ...] = ()
-        """Text columns, joined in this order; unused for images."""
+        """Text columns, joined in this order; columns of a table, or patterns of names; unused for images."""
+        share: str = ""
+        """Members that give the same word here have one encoder between them; joint training only."""
         head: HeadSettings = HeadSettings()
         """The classifier on top of the embedding."""
+        augmentation: Augmentation = Augmentation()
+        """How training values are varied, of encoders that are trained whole."""
         training: ClassifierTraining = ClassifierTraining(epochs=30, batch_size=64, learning_rate=0.001)
         """The training loop."""
 
     PREDICT_BATCH: ClassVar[int] = 64
+    differentiable: ClassVar[bool] = True
+    """Whether it learns by gradient, so that it may be trained together with others."""
+    accelerations: ClassVar[tuple[str, ...]] = ("precision", "xla", "accumulate")
+    """Keys of the training loop that may be set, see `fusion.training.strategy.check_training`."""
 
     def __init__(self, config: Any, seed: int = 0) -> None:
         self.config = config
@@ -73,9 +96,14 @@ class ClassifierMember:
     @classmethod
     def check(cls, config: Any) -> None:
         """Raises ConfigError for settings that contradict each other."""
-        modality = config.encoder.registry[config.encoder.kind].modality
-        if modality == "text" and not config.columns:
-            raise ConfigError("a text member must name its columns, as in 'columns: [text]'; received none.")
+        modality = check_columns(config)
+        whole = getattr(config.encoder.config, "fine_tune", "all") == "all" and not config.encoder.make(0).frozen
+        config.augmentation.check(modality, trained=whole)
+
+    @classmethod
+    def depends_on_seed(cls, config: Any) -> bool:
+        """Whether another seed gives another member: the weights of the head start at random."""
+        return True
 
     def fit(self, data: LabelledData, options: RunOptions) -> History:
         """Fits vocabulary, head, and the layers that `fine_tune` names, on the training rows."""
@@ -89,9 +117,19 @@ class ClassifierMember:
             self.config.training,
             options,
             data.cache / "embeddings",
+            self.config.augmentation,
         )
         self.classes, self._model = data.classes, trained.model
         return trained.history
+
+    def build(self, classes: int, seed: int) -> keras.Model:
+        """Makes encoder and head with new weights, for whoever trains them; returns the part that training changes.
+
+        Called in the scope of the strategy, after the encoder has adapted. `seed` is that of the training.
+        """
+        trained, self._model = new_classifier(self.submodel, classes, self.config.head, seed)
+        self.classes = classes
+        return trained
 
     @property
     def model(self) -> keras.Model:

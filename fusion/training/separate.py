@@ -1,7 +1,7 @@
 """Trains one classification member by itself: its head on stored embeddings, or encoder and head end to end.
 
-Which of the two is decided by the submodel: a frozen encoder gives the same embedding in every epoch, so it runs
-once over the data. Fusing members is not done here.
+Which of the two is decided by the submodel: what is frozen of an encoder gives the same numbers in every epoch, so it
+runs once over the data. Fusing members is not done here.
 """
 
 from __future__ import annotations
@@ -14,26 +14,33 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from fusion.activations import activations
+from fusion.augmentation import Augmentation
 from fusion.compat import keras, tf
-from fusion.embeddings import embed
+from fusion.embeddings import embed, take
 from fusion.errors import DataError
 from fusion.progress import progress, reached
-from fusion.submodels.base import Submodel
+from fusion.submodels.base import Submodel, has_trunk
 from fusion.submodels.head import HeadSettings, classifier, head
+from fusion.training.batches import Rows, as_rows
 from fusion.training.strategy import scope
-from fusion.training.trainer import TrainingSettings, fit
+from fusion.training.trainer import LoopSettings, TrainingSettings, fit
 from fusion.types import Features, History, RunOptions, derive_seed
 
 _LABEL = "label"
 
 
-class ClassifierTraining(TrainingSettings):
-    """How a classifier is fitted."""
+class ClassifierLoop(LoopSettings):
+    """How the training loop of classifiers runs."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability that is spread evenly over all classes."""
     monitor: Literal["accuracy", "log_loss"] = "accuracy"
     """The validation metric that decides on the best epoch, patience and target."""
+
+
+class ClassifierTraining(ClassifierLoop, TrainingSettings):
+    """How a classifier is fitted."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Examples whose values are named model inputs."""
+    """Examples whose values are inputs of the model that is trained."""
 
-    features: Features
+    rows: Rows
     labels: np.ndarray
+
+    def with_labels(self) -> Rows:
+        """The rows, each with its label."""
+        labels = np.asarray(self.labels, np.int32)
+        return self.rows._replace(gather=lambda numbers: {**self.rows.gather(numbers), _LABEL: labels[numbers]})
 
 
 @dataclass(frozen=True)
@@ -94,33 +106,73 @@ def train_classifier(
     settings: ClassifierTraining,
     options: RunOptions,
     cache_dir: Path,
+    augmentation: Augmentation | None = None,
 ) -> TrainedClassifier:
     """Fits head and, unless it is frozen, encoder of `submodel` with softmax cross-entropy.
 
-    Without `validation` all epochs are done and the last one is kept. Embeddings of a frozen encoder are kept
-    under `cache_dir`. Raises DataError for labels that do not fit.
+    Without `validation` all epochs are done and the last one is kept. Embeddings of a frozen encoder, and what
+    leaves the frozen part of another, are kept under `cache_dir`. Training values are varied as `augmentation` says.
+    Raises DataError for labels that do not fit.
     """
 
-    def prepared(part: Examples, name: str) -> _Prepared:
+    def prepared(part: Examples, name: str, varied: Augmentation | None = None) -> _Prepared:
         part.check(classes, name)
-        frozen = submodel.frozen
-        features = _embeddings(submodel, part, cache_dir, options) if frozen else submodel.prepare(part.values)
-        return _Prepared(features, part.labels)
+        return _Prepared(trained_rows(submodel, part.values, cache_dir, options, varied), part.labels)
 
-    fitting = prepared(train, "training")
+    # What is frozen is not trained: its embeddings are those that will be served, in float32.
+    with scope(options, "float32" if submodel.frozen else settings.precision):
+        fitted, whole = new_classifier(submodel, classes, head_settings, options.seed)
+    fitting = prepared(train, "training", augmentation)
     held = prepared(validation, "validation") if validation is not None else None
-    with scope(options):
-        top = head(submodel.dimensions, classes, head_settings, derive_seed(options.seed, "head"))
-        whole = classifier(submodel.encoder(), top)
-    fitted = keras.Model(top.inputs, {"logits": top.output}) if submodel.frozen else whole
     history = _fit_logits(fitted, fitting, held, settings, options)
     return TrainedClassifier(whole, history)
 
 
-def _embeddings(submodel: Submodel, part: Examples, cache_dir: Path, options: RunOptions) -> Features:
-    total = len(set(part.values)) if submodel.modality == "text" else len(part.values)
+def new_classifier(
+    submodel: Submodel, classes: int, head_settings: HeadSettings, seed: int
+) -> tuple[keras.Model, keras.Model]:
+    """The part of a new classifier that training changes, from `trained_rows` to `logits`, and the whole of it."""
+    top = head(submodel.dimensions, classes, head_settings, derive_seed(seed, "head"))
+    whole = classifier(submodel.encoder(), top)
+    if submodel.frozen:
+        return keras.Model(top.inputs, {"logits": top.output}), whole
+    if has_trunk(submodel):
+        return classifier(submodel.top(), top), whole
+    return whole, whole
+
+
+def trained_rows(
+    submodel: Submodel, values: Any, cache_dir: Path, options: RunOptions, augmentation: Augmentation | None = None
+) -> Rows:
+    """The inputs of what training changes: embeddings, activations behind the frozen layers, or prepared values, these
+    varied by `augmentation` each time that they are read."""
+    if submodel.frozen:
+        return as_rows({"embedding": _embeddings(submodel, values, cache_dir, options)})
+    if has_trunk(submodel):
+        kept = activations(submodel, values, cache_dir, options.directory.name, quiet=options.quiet)
+        return Rows(len(kept), kept.gather, kept.lengths)
+    features = submodel.prepare(values)
+
+    def gather(numbers: np.ndarray) -> Features:
+        return submodel.trim({name: array[numbers] for name, array in features.items()})
+
+    vary = augmentation.of(submodel.modality) if augmentation else None
+    if vary is None:
+        return Rows(len(values), gather, submodel.lengths(features))
+
+    def gather_varied(numbers: np.ndarray) -> Features:
+        # Decided by seed and rows, which are others in each epoch, so that an interrupted run draws the same again.
+        random = np.random.default_rng([derive_seed(options.seed, "augmentation"), len(numbers), *numbers[:8].tolist()])
+        varied: Any = vary.apply(take(values, numbers), random)
+        return submodel.prepare(varied)
+
+    return Rows(len(values), gather_varied, submodel.lengths(features))
+
+
+def _embeddings(submodel: Submodel, values: Any, cache_dir: Path, options: RunOptions) -> np.ndarray:
+    total = len(set(values)) if submodel.modality == "text" else len(values)
     with progress(f"embed {options.directory.name}", total, "values", quiet=options.quiet) as bar:
-        return {"embedding": embed(submodel, part.values, cache_dir, progress=reached(bar, total))}
+        return embed(submodel, values, cache_dir, progress=reached(bar, total))
 
 
 def _fit_logits(
@@ -133,7 +185,7 @@ def _fit_logits(
     """Fits a model with the output `logits`."""
 
     def logits_of(inputs: Mapping[str, tf.Tensor], training: bool) -> tf.Tensor:
-        return model({name: inputs[name] for name in train.features}, training=training)["logits"]
+        return model({name: inputs[name] for name in model.input_names}, training=training)["logits"]
 
     def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         return cross_entropy(batch[_LABEL], logits_of(batch, True), settings.label_smoothing)
@@ -141,12 +193,12 @@ def _fit_logits(
     score = tf.function(lambda inputs: logits_of(inputs, False), reduce_retracing=True)
 
     def validate(validation: _Prepared) -> dict[str, float]:
-        return classification_metrics(in_batches(score, validation.features, settings.batch_size), validation.labels)
+        return classification_metrics(in_batches(score, validation.rows, settings.batch_size), validation.labels)
 
     return fit(
         model,
         loss,
-        {**train.features, _LABEL: np.asarray(train.labels, np.int32)},
+        train.with_labels(),
         settings,
         options,
         (lambda: validate(validation)) if validation is not None else None,
@@ -168,14 +220,15 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) 
     return tf.nn.softmax_cross_entropy_with_logits(target, logits)
 
 
-def in_batches(score: Any, features: Features, batch_size: int) -> np.ndarray:
-    """Applies `score` (named tensors [b, ...] -> [b, C]) batch by batch -> [N, C]; never copies all features."""
-    n = len(next(iter(features.values())))
-    parts = [
-        score({name: tf.convert_to_tensor(array[start : start + batch_size]) for name, array in features.items()})
-        for start in range(0, n, batch_size)
-    ]
-    return np.concatenate([part.numpy() for part in parts])
+def in_batches(score: Any, data: Features | Rows, batch_size: int) -> np.ndarray:
+    """Applies `score` (named tensors [b, ...] -> [b, C]) batch by batch -> [N, C]; rows of like length together."""
+    rows = as_rows(data)
+    order = np.arange(rows.n) if rows.lengths is None else np.argsort(rows.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, rows.n, batch_size)]
+    parts = [score({n: tf.convert_to_tensor(a) for n, a in rows.gather(batch).items()}).numpy() for batch in batches]
+    result = np.empty((rows.n, *parts[0].shape[1:]), parts[0].dtype)
+    result[order] = np.concatenate(parts)
+    return result
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -10,27 +10,30 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import pydantic
 from pydantic import Field
 
 from fusion.compat import keras, tf
 from fusion.config import Settings, content_hash
 from fusion.errors import ConfigError, EngineError, MachineError
 from fusion.progress import Bar, progress
+from fusion.training.asynchronous import Scheduler, is_asynchronous
 from fusion.training.batches import BatchPlan, Block, Feed, Rows, RowShapes, as_rows, common_shape, epoch_order
 from fusion.training.checkpoints import Checkpoints, TrainingState, frozen_digest
-from fusion.training.schedules import Schedule, ScheduleSettings
+from fusion.training.cluster import chiefs, is_spread
+from fusion.training.optimizers import Group, Optimizers, OptimizerSettings
+from fusion.training.precision import Precision
+from fusion.training.schedules import ScheduleSettings
 from fusion.training.strategy import check_divisible
 from fusion.types import Features, History, RunOptions, Validate
 
 Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
 """Takes the tensors of a batch, calls the model with training=True, returns the loss of each example [b]."""
 
-Data = Mapping[str, np.ndarray] | tuple[int, Callable[[np.ndarray], Features]]
+Data = Mapping[str, np.ndarray] | Rows | tuple[int, Callable[[np.ndarray], Features]]
 """Named arrays of equal length, or the number of rows and a function that gathers rows by number."""
 
 Program = Callable[[dict[str, tf.Tensor], tf.Tensor], tf.Tensor]
@@ -41,22 +44,17 @@ _CALL_SECONDS = 0.2
 
 _MOST_STEPS_PER_CALL = 64
 
+_SPREAD_STEPS_PER_CALL = 8
+"""Of processes that train in step: each exchange has a number within its call, so all must cut their calls alike."""
 
-class TrainingSettings(Settings):
-    """How a model is fitted."""
+
+class LoopSettings(Settings):
+    """How the training loop runs, whatever moves the weights."""
 
     epochs: int = Field(default=10, ge=1)
     """Passes over the training rows, at most."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of a step, over all devices together."""
-    optimizer: Literal["adam", "sgd", "adagrad"] = "adam"
-    """The rule by which gradients change weights."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Full learning rate, before the schedule."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum of sgd."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Share of each weight, times the learning rate, taken off per step (decoupled from the gradient)."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of all gradients together; None leaves them as they are."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -69,24 +67,30 @@ class TrainingSettings(Settings):
     """Steps between checkpoints within an epoch; None saves after each epoch only."""
     workers: int = Field(default=1, ge=1, le=64)
     """Threads that gather batches ahead."""
+    precision: Precision = "float32"
+    """mixed_float16, mixed_bfloat16: products in 16 bits; weights, softmax, losses and metrics stay in 32."""
+    xla: bool = False
+    """Forward and backward pass are compiled by XLA, once for each shape of a batch; on one device."""
+    accumulate: int = Field(default=1, ge=1, le=1024)
+    """Equal parts in which a device goes through its rows of a step, to need less memory; the gradient is that of all
+    of them, but BatchNormalization sees a part at a time."""
 
-    @pydantic.model_validator(mode="after")
-    def _momentum_of_sgd(self) -> TrainingSettings:
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"the key momentum must go with optimizer sgd; received optimizer {self.optimizer}")
-        return self
+
+class TrainingSettings(LoopSettings, OptimizerSettings):
+    """How a model is fitted."""
 
 
 def fit(
     model: keras.Model,
     loss: Loss,
     data: Data,
-    settings: TrainingSettings,
+    settings: LoopSettings,
     options: RunOptions,
     validate: Validate | None,
     monitor: str = "",
     higher_is_better: bool = True,
     drop_remainder: bool = False,
+    groups: Sequence[Group] = (),
 ) -> History:
     """Trains `model` in place and leaves it with the weights of its best epoch.
 
@@ -98,9 +102,9 @@ def fit(
     Args:
         model: the model whose trainable variables are fitted, built in the scope of `options.strategy`.
         loss: batch -> float [b], the loss of each example; called inside `tf.function`, once per replica
-            and with its share of the rows alone, so negatives taken from the batch are those of the share.
+            and with its share of the rows alone; negatives of the whole batch are had by `strategy.all_replicas`.
         data: named arrays [n, ...], or (n, gather) for what is too large for memory.
-        settings: how to train.
+        settings: how to train; without `groups` they are TrainingSettings, which name the optimizer.
         options: seed, directory, strategy, quiet.
         validate: called after each epoch; returns named metrics. None where nothing may be validated (a fold, a
             final fit on every row): then all epochs are done and the last one is kept.
@@ -108,10 +112,13 @@ def fit(
         higher_is_better: which way `monitor` is good.
         drop_remainder: leave out the rows after an epoch's last full batch, for losses that use the batch as
             negatives.
+        groups: which optimizer moves which trainable variables, where one for all will not do. Each variable is in
+            exactly one group; the schedule and `clip_norm` hold for all of them.
 
     Returns:
         One row per epoch: `epoch` (from 1), `train_loss` (mean over rows, while training), `learning_rate` (after
-        the last step) and the metrics of `validate`. `best_epoch` is the index of the best row.
+        the last step; of several groups that of the first, and `learning_rate/<group>`) and the metrics of
+        `validate`. `best_epoch` is the index of the best row.
 
     Raises:
         ConfigError: the batch does not fit the strategy, `monitor` is not among the metrics, or the directory
@@ -120,7 +127,7 @@ def fit(
         MachineError: checkpoints cannot be written or read.
     """
     return _Run(
-        model, loss, as_rows(data), settings, options, validate, monitor, higher_is_better, drop_remainder
+        model, loss, as_rows(data), settings, options, validate, monitor, higher_is_better, drop_remainder, groups
     ).run()
 
 
@@ -132,29 +139,32 @@ class _Run:
         model: keras.Model,
         loss: Loss,
         rows: Rows,
-        settings: TrainingSettings,
+        settings: LoopSettings,
         options: RunOptions,
         validate: Validate | None,
         monitor: str,
         higher_is_better: bool,
         drop_remainder: bool,
+        groups: Sequence[Group],
     ) -> None:
         self._model, self._loss, self._rows = model, loss, rows
         self._settings, self._options = settings, options
         self._validate, self._monitor, self._higher = validate, monitor, higher_is_better
         self._strategy = options.strategy or tf.distribute.get_strategy()
         replicas = self._strategy.num_replicas_in_sync
-        check_divisible(settings.batch_size, replicas)
-        self._plan = BatchPlan(rows.n, settings.batch_size, replicas, drop_remainder)
+        check_divisible(settings.batch_size, replicas, settings.accumulate)
+        self._plan = BatchPlan(rows.n, settings.batch_size, replicas * settings.accumulate, drop_remainder)
         if self._plan.steps == 0:
             raise ConfigError(
                 f"batch_size must not exceed the {rows.n} training rows when only full batches are used; "
                 f"received {settings.batch_size}. Make it smaller."
             )
         self._check_variables()
-        self._optimizer = self._make_optimizer()
-        self._checkpoints = Checkpoints(options.directory, model, self._optimizer, TrainingState(self._fingerprint()))
-        self._programs: dict[int, Program] = {}
+        self._optimizers = self._make_optimizers(groups)
+        self._checkpoints = Checkpoints(options.directory, model, self._optimizers, TrainingState(self._fingerprint()))
+        self._programs: dict[tuple[Any, ...], Program] = {}
+        if is_asynchronous(self._strategy):
+            self._scheduler = Scheduler(self._strategy)
 
     # ---- before the first step -------------------------------------------------------------------------------
 
@@ -168,35 +178,34 @@ class _Run:
                     f"its variable '{variable.name}' was made outside."
                 )
 
-    def _make_optimizer(self) -> keras.optimizers.Optimizer:
-        settings = self._settings
-        steps = self._plan.steps
+    def _make_optimizers(self, groups: Sequence[Group]) -> Optimizers:
+        variables, settings, steps = self._model.trainable_variables, self._settings, self._plan.steps
+        if not groups:
+            if not isinstance(settings, OptimizerSettings):
+                raise ValueError("settings must name an optimizer, or groups must be given; received neither.")
+            groups = [Group("all", variables, settings)]
         with self._strategy.scope():
-            common = {
-                "learning_rate": Schedule(settings.learning_rate, settings.schedule, steps * settings.epochs, steps),
-                "weight_decay": settings.weight_decay or None,
-                "global_clipnorm": settings.clip_norm,  # applied to the gradient summed over replicas
-                "jit_compile": False,
-            }
-            if settings.optimizer == "sgd":
-                optimizer = keras.optimizers.SGD(momentum=settings.momentum, **common)
-            elif settings.optimizer == "adagrad":
-                optimizer = keras.optimizers.Adagrad(**common)
-            else:
-                optimizer = keras.optimizers.Adam(**common)
-            optimizer.build(self._model.trainable_variables)
-        return optimizer
+            return Optimizers(
+                groups,
+                variables,
+                settings.schedule,
+                steps * settings.epochs,
+                steps,
+                settings.clip_norm,
+                loss_scaling=settings.precision == "mixed_float16",
+            )
 
     def _fingerprint(self) -> str:
         """Everything that the numbers depend on and that can be named cheaply; how the work is cut is left out."""
         return content_hash(
             {
-                "settings": self._settings.model_dump(exclude={"checkpoint_steps", "workers"}),
+                "settings": self._settings.model_dump(exclude={"checkpoint_steps", "workers", "xla"}),
                 "seed": self._options.seed,
-                "plan": [self._plan.n, self._plan.replicas, self._plan.drop_remainder],
+                "plan": [self._plan.n, self._plan.shares, self._plan.drop_remainder],
                 "monitor": [self._monitor, self._higher],
                 # By shape, not by name: Keras numbers the names of layers by what else the process has built.
                 "variables": [[list(v.shape), v.dtype.name, v.trainable] for v in self._model.variables],
+                "groups": self._optimizers.identity(),
                 "frozen": frozen_digest(self._model),  # not in the checkpoints, so they have to be the same
             }
         )
@@ -205,7 +214,7 @@ class _Run:
 
     def run(self) -> History:
         self._make_directory()
-        self._checkpoints.restore(self._options.quiet)
+        self._checkpoints.restore(self._options.quiet, self._strategy)
         state = self._checkpoints.state
         if not state.finished:
             self._train(state)
@@ -222,8 +231,9 @@ class _Run:
     def _train(self, state: TrainingState) -> None:
         sampled = RowShapes.of(self._rows)
         self._shapes = sampled.shapes
-        self._most_steps = sampled.most_steps(self._settings.batch_size, _MOST_STEPS_PER_CALL)
-        self._steps_per_call = 1
+        limit = _SPREAD_STEPS_PER_CALL if is_spread(self._strategy) else _MOST_STEPS_PER_CALL
+        self._most_steps = sampled.most_steps(self._settings.batch_size, limit)
+        self._steps_per_call = self._most_steps if is_spread(self._strategy) else 1
         writer = tf.summary.create_file_writer(str(self._options.directory / "tensorboard"))
         total = self._plan.steps * self._settings.epochs
         with (
@@ -253,7 +263,8 @@ class _Run:
         return state.epoch >= self._settings.epochs
 
     def _epoch(self, state: TrainingState, bar: Bar) -> None:
-        order = epoch_order(self._options.seed, state.epoch, self._plan.n)
+        lengths, batch_size = self._rows.lengths, self._plan.batch_size
+        order = epoch_order(self._options.seed, state.epoch, self._plan.n, lengths, batch_size)
         while state.position < self._plan.steps:
             self._stretch(state, order, self._next_stop(state), bar)
             if state.position < self._plan.steps:
@@ -267,16 +278,29 @@ class _Run:
     def _stretch(self, state: TrainingState, order: np.ndarray, stop: int, bar: Bar) -> None:
         """Trains from the state's position up to `stop`."""
         with Feed(self._rows, self._plan, order, state.position, stop, self._settings.workers) as feed:
-            while blocks := feed.next_blocks(self._steps_per_call):
-                for block in blocks:
-                    self._block(state, block, bar)
+            for block, losses in self._trained(feed):
+                self._told(state, block, losses, bar)
 
-    def _block(self, state: TrainingState, block: Block, bar: Bar) -> None:
-        losses = self._timed_call(block)
+    def _trained(self, feed: Feed) -> Iterator[tuple[Block, np.ndarray]]:
+        """Trains on all blocks of a feed, and gives each with its losses, in their order."""
+        if is_asynchronous(self._strategy):
+            calls = ((block, self._program(block)) for block in self._blocks(feed))
+            yield from self._scheduler.results(calls)
+        else:
+            for block in self._blocks(feed):
+                yield block, self._timed_call(block)
+
+    def _blocks(self, feed: Feed) -> Iterator[Block]:
+        while blocks := feed.next_blocks(self._steps_per_call):
+            yield from blocks
+
+    def _told(self, state: TrainingState, block: Block, losses: np.ndarray, bar: Bar) -> None:
+        """Counts the steps of a block and says how they went."""
         self._check_finite(losses, state)
         self._count(losses, state)
         tf.summary.scalar("train/loss", losses[-1], step=state.step)
-        tf.summary.scalar("train/learning_rate", self._optimizer.learning_rate, step=state.step)
+        for name, rate in self._optimizers.learning_rates().items():
+            tf.summary.scalar(f"train/{name}", rate, step=state.step)
         bar.advance(block.steps, epoch=state.epoch + 1, loss=float(losses[-1]))
 
     def _count(self, losses: np.ndarray, state: TrainingState) -> None:
@@ -301,6 +325,9 @@ class _Run:
         if self._validate is None:
             return {}
         metrics = {name: float(value) for name, value in self._validate().items()}
+        if is_spread(self._strategy):
+            values = chiefs(self._strategy, "validation", list(metrics.values()))
+            metrics = dict(zip(metrics, values, strict=True))
         if self._monitor not in metrics:
             raise ConfigError(
                 f"the monitored metric must be one that validation gives; received '{self._monitor}', "
@@ -317,7 +344,7 @@ class _Run:
         row = {
             "epoch": float(state.epoch + 1),
             "train_loss": state.loss_sum / self._plan.rows_until(self._plan.steps),
-            "learning_rate": float(self._optimizer.learning_rate.numpy()),
+            **{name: float(rate.numpy()) for name, rate in self._optimizers.learning_rates().items()},
             **metrics,
         }
         for name, metric in metrics.items():
@@ -338,6 +365,8 @@ class _Run:
         """Runs a block and adapts how many steps the next ones hold; the result does not depend on it."""
         began = time.monotonic()
         losses = self._program(block)(block.inputs, block.weights).numpy()
+        if is_spread(self._strategy):
+            return losses
         seconds = time.monotonic() - began
         if seconds > 2 * _CALL_SECONDS:
             self._steps_per_call = max(1, self._steps_per_call // 2)
@@ -349,19 +378,28 @@ class _Run:
         """The compiled loop for batches of one size: full ones, and the shorter last one.
 
         Which axes vary is learned from the data before the first step, because a graph that was made for one
-        shape may round differently, and a resumed run meets the shapes in another order.
+        shape may round differently, and a resumed run meets the shapes in another order. XLA, which TPUs need, compiles
+        for each shape alone.
         """
-        shapes = {name: common_shape(self._shapes[name], t.shape[2:]) for name, t in block.inputs.items()}
-        if shapes != self._shapes:  # an axis varies that did not in the rows looked at
-            self._shapes, self._programs = shapes, {}
+        exact = self._settings.xla or isinstance(self._strategy, tf.distribute.TPUStrategy)
+        shapes = {name: tuple(tensor.shape[2:]) for name, tensor in block.inputs.items()}
+        shapes = shapes if exact else self._common_shapes(shapes)
         size = int(block.weights.shape[1])
-        if size not in self._programs:
+        key = (size, *shapes.values())
+        if key not in self._programs:
             inputs = {
                 name: tf.TensorSpec([None, size, *shapes[name]], tensor.dtype) for name, tensor in block.inputs.items()
             }
             signature = [inputs, tf.TensorSpec([None, size], tf.float32)]
-            self._programs[size] = tf.function(self._steps, input_signature=signature, jit_compile=False)
-        return self._programs[size]
+            self._programs[key] = tf.function(self._steps, input_signature=signature, jit_compile=False)
+        return self._programs[key]
+
+    def _common_shapes(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, tuple[int | None, ...]]:
+        """Those of the rows looked at, with None for each axis that varies."""
+        common = {name: common_shape(self._shapes[name], shape) for name, shape in shapes.items()}
+        if common != self._shapes:  # an axis varies that did not in the rows looked at
+            self._shapes, self._programs = common, {}
+        return self._shapes
 
     def _steps(self, inputs: dict[str, tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
         """One optimizer step per batch; several in one call, because calling costs more than a small step.
@@ -383,6 +421,19 @@ class _Run:
 
     def _replica_step(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
         batch, weights = self._own_share(batch, weights)
+        whole = self._settings.accumulate == 1
+        objective, gradients = self._pass(batch, weights) if whole else self._accumulated(batch, weights)
+        self._optimizers.apply(gradients, self._model.trainable_variables)
+        return objective
+
+    def _pass(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
+        """Forwards and backwards: the objective of these rows, and its gradients, scaled for the optimizers."""
+        if not self._settings.xla:
+            return self._objective(batch, weights)
+        # Compiled apart from the optimizer, whose exchange between replicas XLA cannot hold.
+        return tf.function(self._objective, jit_compile=True)(batch, weights)
+
+    def _objective(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
         with tf.GradientTape() as tape:
             per_example = tf.cast(self._loss(batch), tf.float32)
             per_example.shape.assert_is_compatible_with(weights.shape)
@@ -390,13 +441,29 @@ class _Run:
             # gradients of the replicas, and the sum is then the gradient of the mean over the batch. A mean
             # taken here would make the step as many times too long as there are replicas.
             objective = tf.reduce_sum(per_example * weights)
-            penalties = self._model.losses
+            penalties = [tf.cast(penalty, tf.float32) for penalty in self._model.losses]
             if penalties:
-                objective += tf.add_n(penalties) / self._strategy.num_replicas_in_sync
-        variables = self._model.trainable_variables
-        gradients = tape.gradient(objective, variables)
-        self._optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        return objective
+                parts = self._strategy.num_replicas_in_sync * self._settings.accumulate
+                objective += tf.add_n(penalties) / parts
+            scaled = self._optimizers.scaled(objective)
+        return objective, tape.gradient(scaled, self._model.trainable_variables)
+
+    def _accumulated(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
+        """The same for all rows, a part at a time: a loop, so that one part is in memory."""
+        count = self._settings.accumulate
+        size = weights.shape[0] // count
+
+        def add(part: tf.Tensor, objective: tf.Tensor, sums: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, list[Any]]:
+            rows = {name: _part(tensor, part, size) for name, tensor in batch.items()}
+            more, gradients = self._pass(rows, _part(weights, part, size))
+            added = [total if new is None else total + new for total, new in zip(sums, gradients, strict=True)]
+            return part + 1, objective + more, added
+
+        start = [tf.zeros(variable.shape, variable.dtype) for variable in self._model.trainable_variables]
+        _, objective, sums = tf.while_loop(
+            lambda part, *_: part < count, add, (tf.constant(0), tf.constant(0.0), start), parallel_iterations=1
+        )
+        return objective, sums
 
     def _own_share(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
         """The slice of the batch that belongs to the replica that asks."""
@@ -406,9 +473,10 @@ class _Run:
         size = weights.shape[0] // replicas
         number = tf.distribute.get_replica_context().replica_id_in_sync_group
 
-        def share(tensor: tf.Tensor) -> tf.Tensor:
-            with tf.device("/CPU:0"):  # where the batch lies: only the slice travels to the device
-                part = tensor[number * size : (number + 1) * size]
-            return tf.ensure_shape(part, [size, *tensor.shape[1:]])
+        with tf.device("/CPU:0"):  # where the batch lies: only the slice travels to the device
+            return {name: _part(tensor, number, size) for name, tensor in batch.items()}, _part(weights, number, size)
 
-        return {name: share(tensor) for name, tensor in batch.items()}, share(weights)
+
+def _part(rows: tf.Tensor, number: tf.Tensor, size: int) -> tf.Tensor:
+    """Part `number` of rows that are cut into parts of `size`."""
+    return tf.ensure_shape(rows[number * size : (number + 1) * size], [size, *rows.shape[1:]])

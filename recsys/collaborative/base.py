@@ -74,6 +74,9 @@ class Member(abc.ABC):
     Config: ClassVar[type[Settings]]
     personal: ClassVar[bool] = True
     reads_content: ClassVar[bool] = False
+    accelerations: ClassVar[tuple[str, ...]] = ("xla",)
+    """Keys of the training loop that may be set, see `fusion.training.strategy.check_training`: tables gain nothing
+    from 16 bits, and a loss with negatives out of the batch needs the whole of it."""
 
     def __init__(self, config: Any, seed: int = 0) -> None:
         self.config = config
@@ -90,6 +93,11 @@ class Member(abc.ABC):
         """About how many floating-point operations `fit` takes beside epochs of training, and how many bytes beside
         what it learns; for `--dry-run`, there to tell a minute from an hour."""
         return 0.0, 0.0
+
+    @classmethod
+    def depends_on_seed(cls, config: Any) -> bool:
+        """Whether another seed gives another member. Of members that are not trained by gradients few do."""
+        return hasattr(config, "training")
 
     @abc.abstractmethod
     def fit(self, data: TrainingData, options: RunOptions) -> History | None:

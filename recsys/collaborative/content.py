@@ -14,17 +14,22 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
+from fusion.activations import activations, embed_activations
 from fusion.compat import keras, tf
 from fusion.config import Settings, part_of
+from fusion.embeddings import embed, take
 from fusion.errors import ConfigError, DataError
 from fusion.progress import progress, reached
 from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
+from fusion.submodels.base import has_trunk
+from fusion.training.optimizers import Group
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, History, RunOptions, derive_seed
-from recsys.collaborative.base import Decay, EmbeddingScorer, Member, TrainingData
-from recsys.collaborative.pairs import Pairs, in_batch_softmax, train_towers
+from recsys.cells import read_cells
+from recsys.collaborative.base import Decay, EmbeddingScorer, TrainingData
+from recsys.collaborative.pairs import Pairs, TowerMember, Towers, in_batch_softmax, train_towers
 from recsys.schema import IMAGE
 
 
@@ -56,7 +61,7 @@ class FineTuning(Settings):
     """Divides cosines in the softmax."""
 
 
-class Content(Member):
+class Content(TowerMember):
     """Scores from what items show or say; speaks about cold items, and is silent where text or image is missing."""
 
     class Config(Settings):
@@ -65,7 +70,7 @@ class Content(Member):
         encoder: part_of(SUBMODELS)  # type: ignore[valid-type]
         """The submodel that embeds an item: text_bert, image_efficientnet, ..."""
         columns: tuple[str, ...] = ()
-        """Text columns, joined in this order; unused for images."""
+        """Text columns, joined in this order; columns of a table, or patterns of names; unused for images."""
         dimensions: int = Field(128, ge=1, le=4096)
         """Length of the vectors in which histories and items are compared."""
         temperature: float = Field(0.1, gt=0)
@@ -91,33 +96,79 @@ class Content(Member):
     def check(cls, config: Any) -> None:
         """Raises ConfigError for a text member without columns."""
         modality = config.encoder.registry[config.encoder.kind].modality
-        if modality == "text" and not config.columns:
-            raise ConfigError("a text member must name its columns, as in 'columns: [title]'; received none.")
+        if modality != "image" and not config.columns:
+            raise ConfigError(f"a {modality} member must name its columns, as in 'columns: [title]'; received none.")
+
+    @classmethod
+    def depends_on_seed(cls, config: Any) -> bool:
+        """Not where embeddings are used as they are and compared as they are."""
+        return config.scorer == "trained" or not config.encoder.make(0).frozen
+
+    @classmethod
+    def joins(cls, config: Any) -> bool:
+        """Plain cosines have nothing to train."""
+        return bool(config.scorer == "trained")
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
-        values, available = read_content(self.encoder, self.config.columns, data)
-        trained = data.counts > 0
-        self.encoder.adapt([value for value, known in zip(values, available & trained, strict=True) if known])
-        if not self.encoder.frozen:
-            self._fine_tune(values, available, data, options)
-        self.table = embedding_table(self.encoder, values, available, data, options, options.directory.name)
-        self.speaks = available
+        values = self._read(data)
+        if self.encoder.frozen:
+            self.table = embedding_table(self.encoder, values, self.speaks, data, options, options.directory.name)
+        else:
+            self.table = self._fine_tune(values, self.speaks, data, options)
         if self.config.scorer == "cosine":
             self.tables = self.table, self.table
             return History(stopped="nothing to train")
-        matrix = data.matrix @ sparse.diags(available.astype(np.float32))  # pairs of items that can be embedded
-        matrix.eliminate_zeros()
+        matrix = self._embeddable(data)
         with scope(options):
-            self.model = self._build(matrix.tocsr())
-        history = train_towers(self.model, self._scorer_now, data, Pairs(matrix.tocsr()), self.config, options)
-        self.tables = self._tables()
+            self.model = self._build(matrix)
+        history = train_towers(self.model, self._scorer_now, data, Pairs(matrix), self.config, options)
+        self.tables = self._tables(self.table)
         return history
 
-    def _build(self, matrix: sparse.csr_matrix) -> keras.Model:
-        """Two projections over the frozen table; they start equal, so that the first scores are cosines.
+    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
+        """An encoder that is trained embeds the targets; histories keep the embeddings that it started with."""
+        values, name = self._read(data), options.directory.name
+        if self.encoder.frozen:
+            self.table = embedding_table(self.encoder, values, self.speaks, data, options, name)
+            part = None
+        else:
+            part = TrainedPart(self.encoder, values, self.speaks, data, options)
+            self.table = part.table()
+        first, matrix = self.table, self._embeddable(data)
+        with scope(options):
+            self.model = self._build(matrix, part)
+        tuned = part.model.trainable_variables if part else []
+        known = {id(variable) for variable in tuned}
+        projections = [variable for variable in self.model.trainable_variables if id(variable) not in known]
+        groups = [Group("projections", projections, self.config.training)]
+        if part:
+            groups.append(Group("encoder", tuned, self.config.fine_tuning.training))
+
+        def finish() -> None:
+            self.table = part.table() if part else first
+            self.tables = self._tables(first)
+
+        more = {"gather": part.gather} if part else {}
+        return Towers(self.model, self.config.temperature, groups, finish, **more)
+
+    def _read(self, data: TrainingData) -> Any:
+        """The raw values of all items; the encoder adapts to those of training items."""
+        values, self.speaks = read_content(self.encoder, self.config.columns, data)
+        known = self.speaks & (data.counts > 0)
+        self.encoder.adapt(take(values, np.flatnonzero(known)))
+        return values
+
+    def _embeddable(self, data: TrainingData) -> sparse.csr_matrix:
+        """Who took what, of the items that can be embedded."""
+        matrix = (data.matrix @ sparse.diags(self.speaks.astype(np.float32))).tocsr()
+        matrix.eliminate_zeros()
+        return matrix
+
+    def _build(self, matrix: sparse.csr_matrix, part: TrainedPart | None = None) -> keras.Model:
+        """Two projections over the table; they start equal, so that the first scores are cosines.
 
         A history is the sum of all items of the user less the target, projected once: the same numbers as
-        projecting each item, without reading L rows for every pair.
+        projecting each item, without reading L rows for every pair. With `part` the targets come out of it.
         """
         items, width = self.table.shape
         dimensions = min(self.config.dimensions, width)
@@ -127,8 +178,12 @@ class Content(Member):
         sums = keras.layers.Embedding(matrix.shape[0], width, trainable=False, name="history_sums")
         own = rows(target)
         history = tf.math.l2_normalize(sums(user) - own, axis=-1)
+        inputs = {"user": user, "target": target}
+        if part:
+            contents = {t.name: keras.Input(t.shape[1:], dtype=t.dtype, name=t.name) for t in part.model.inputs}
+            own, inputs = _embed_once(part.model, contents, target), inputs | contents
         model = keras.Model(
-            {"user": user, "target": target},
+            inputs,
             {
                 "user": self._project(history, dimensions, "history_projection"),
                 "item": self._project(own, dimensions, "item_projection"),
@@ -146,22 +201,21 @@ class Content(Member):
         kept = keras.layers.Dropout(self.config.dropout, rng_type="stateful", force_generator=True, seed=seed)(vectors)
         return tf.math.l2_normalize(keras.layers.Dense(dimensions, use_bias=False, name=name)(kept), axis=-1)
 
-    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
-        history = self.table @ self.model.get_layer("history_projection").get_weights()[0]
+    def _tables(self, of_histories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The projected rows of items in histories, out of these embeddings, and of candidates, out of `table`."""
+        history = of_histories @ self.model.get_layer("history_projection").get_weights()[0]
         item = self.table @ self.model.get_layer("item_projection").get_weights()[0]
         return history, item / np.maximum(np.linalg.norm(item, axis=1, keepdims=True), 1e-12)
 
     def _scorer_now(self) -> tf.Module:
-        history, item = self._tables()
+        history, item = self._tables(self.table)
         return EmbeddingScorer(history, item, unit=True, decay=self.config.decay)
 
-    def _fine_tune(self, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions) -> None:
-        """Trains the encoder so that items taken by the same user lie close to each other."""
+    def _fine_tune(self, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions) -> np.ndarray:
+        """Trains the encoder so that items taken by the same user lie close to each other; returns their table."""
         from fusion.training.trainer import fit
 
-        with scope(options):
-            self.encoder.unfreeze()
-            encoder = self.encoder.encoder()
+        part = TrainedPart(self.encoder, values, available, data, options)
         first, second = _pairs_of_items(data.matrix, available, self.config.fine_tuning.pairs, self.seed)
         weight = data.counts / max(data.counts.sum(), 1)
 
@@ -169,14 +223,12 @@ class Content(Member):
             batch: Features = {"target": second[positions].astype(np.int32)}
             batch["probability"] = weight[second[positions]].astype(np.float32)
             for side, numbers in (("history", first[positions]), ("target", second[positions])):
-                chosen = values[numbers] if isinstance(values, np.ndarray) else [values[n] for n in numbers]
-                for name, array in self.encoder.prepare(chosen).items():
-                    batch[f"{side}/{name}"] = array
+                batch |= {f"{side}/{name}": array for name, array in part.gather(numbers).items()}
             return batch
 
-        towers = _Towers(encoder)
+        towers = _Towers(part.model)
         fit(
-            encoder,
+            part.model,
             in_batch_softmax(towers, self.config.fine_tuning.temperature),
             (len(first), gather),
             self.config.fine_tuning.training,
@@ -184,6 +236,7 @@ class Content(Member):
             None,
             drop_remainder=True,
         )
+        return part.table()
 
     def state(self) -> dict[str, np.ndarray]:
         adapted = {f"encoder/{name}": value for name, value in self.encoder.state().items()}
@@ -215,7 +268,7 @@ class Content(Member):
 
 
 def read_content(encoder: Any, columns: Sequence[str], data: TrainingData) -> tuple[Any, np.ndarray]:
-    """The raw values of all items (texts, or uint8 `[I, H, W, 3]`), and which items have any, bool `[I]`."""
+    """The raw values of all items (texts, uint8 `[I, H, W, 3]`, or cells), and which items have any, bool `[I]`."""
     if encoder.modality == "image":
         from fusion.images import load_images
 
@@ -223,6 +276,8 @@ def read_content(encoder: Any, columns: Sequence[str], data: TrainingData) -> tu
             list(data.catalogue[IMAGE]), encoder.config.image_size, data.cache / "images"
         )
         return pixels, available
+    if encoder.modality == "tabular":
+        return read_cells(data.catalogue, columns)
     texts = join_columns(data.catalogue, columns)
     return texts, np.array([bool(text) for text in texts])
 
@@ -231,15 +286,63 @@ def embedding_table(
     encoder: Any, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions, name: str
 ) -> np.ndarray:
     """Embeddings of the available values, of unit length, float32 `[I, D]`, 0 for the others; kept in the cache."""
-    from fusion.embeddings import embed
-
     rows = np.flatnonzero(available)
-    chosen: Any = values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
     with progress(f"embed {name}", len(rows), "items", quiet=options.quiet) as bar:
-        vectors = embed(encoder, chosen, data.cache / "embeddings", progress=reached(bar, len(rows)))
+        vectors = embed(encoder, take(values, rows), data.cache / "embeddings", progress=reached(bar, len(rows)))
+    return _unit_rows(vectors, available)
+
+
+def _unit_rows(vectors: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """The table float32 `[I, D]` that holds, scaled to length 1, the vectors of the available items, and else 0."""
     table = np.zeros((len(available), vectors.shape[1]), np.float32)
-    table[rows] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    table[available] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return table
+
+
+class TrainedPart:
+    """What is trained of an encoder: a model, what it reads of an item, and the table of all items.
+
+    Where some blocks are frozen they run once over the catalogue, and the model begins after them.
+
+    Attributes:
+        model: inputs by name -> embedding `[B, D]`.
+    """
+
+    def __init__(
+        self, encoder: Any, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions
+    ) -> None:
+        self._encoder, self._available = encoder, available
+        self._values = take(values, np.flatnonzero(available))
+        self._row = np.cumsum(available) - 1  # of an available item among them
+        with scope(options):
+            encoder.unfreeze()
+            self.model = encoder.top() if has_trunk(encoder) else encoder.encoder()
+        self._kept = None
+        if has_trunk(encoder):
+            cache, name = data.cache / "embeddings", options.directory.name
+            self._kept = activations(encoder, self._values, cache, name, quiet=options.quiet)
+
+    def gather(self, items: np.ndarray) -> Features:
+        """The model's inputs for some of the available items."""
+        rows = self._row[items]
+        if self._kept is not None:
+            return self._kept.gather(rows)
+        features: Features = self._encoder.trim(self._encoder.prepare(take(self._values, rows)))
+        return features
+
+    def table(self) -> np.ndarray:
+        """Embeddings of the available items as the encoder is now, scaled to length 1, float32 `[I, D]`; else 0."""
+        kept, encoder = self._kept, self._encoder
+        vectors = embed(encoder, self._values) if kept is None else embed_activations(encoder, kept)
+        return _unit_rows(vectors, self._available)
+
+
+def _embed_once(encoder: keras.Model, contents: dict[str, tf.Tensor], target: tf.Tensor) -> tf.Tensor:
+    """Unit embeddings `[b, D]` of the targets' contents; a target that stands in the batch twice is embedded once."""
+    distinct, place = tf.unique(target)
+    first = tf.math.unsorted_segment_min(tf.range(tf.size(target)), place, tf.size(distinct))
+    vectors = encoder({name: tf.gather(tensor, first) for name, tensor in contents.items()})
+    return tf.math.l2_normalize(tf.gather(vectors, place), axis=-1)
 
 
 def join_columns(table: Any, columns: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fusion.compat import tf
 from fusion.config import Settings, parse_part, part_of
+from fusion.embeddings import take
 from fusion.errors import ConfigError, DataError
 from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
@@ -91,6 +92,11 @@ class ContentRegression(Member):
             )
         check_contents(config.content)
 
+    @classmethod
+    def depends_on_seed(cls, config: Any) -> bool:
+        """As its base does: the regression itself is solved exactly."""
+        return bool(config.base.registry[config.base.kind].depends_on_seed(config.base.config))
+
     def fit(self, data: TrainingData, options: RunOptions) -> History | None:
         warm = data.counts > 0
         features, described = self._features(data, warm, options)
@@ -110,7 +116,7 @@ class ContentRegression(Member):
         for name, content in self.config.content.items():
             encoder = self.encoders[name]
             values, available = read_content(encoder, content.columns, data)
-            encoder.adapt([value for value, known in zip(values, available & warm, strict=True) if known])
+            encoder.adapt(take(values, np.flatnonzero(available & warm)))
             label = f"{options.directory.name}/{name}"
             self.tables[name] = embedding_table(encoder, values, available, data, options, label)
             self.available[name] = available

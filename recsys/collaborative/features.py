@@ -19,6 +19,7 @@ from pydantic import Field
 from scipy import sparse
 
 from fusion.config import Settings, part_of
+from fusion.embeddings import take
 from fusion.errors import ConfigError, DataError
 from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
@@ -99,8 +100,9 @@ def check_contents(contents: Mapping[str, Any]) -> None:
     """Raises ConfigError for a text encoder without columns and for an encoder that would have to be trained."""
     for name, feature in contents.items():
         part = feature.encoder
-        if part.registry[part.kind].modality == "text" and not feature.columns:
-            raise ConfigError(f"the text content '{name}' must name its columns, as in 'columns: [title]'.")
+        modality = part.registry[part.kind].modality
+        if modality != "image" and not feature.columns:
+            raise ConfigError(f"the {modality} content '{name}' must name its columns, as in 'columns: [title]'.")
         if not part.make(0).frozen:
             raise ConfigError(
                 f"the content '{name}' must have an encoder that is used as it is; {part.kind} would be trained here. "
@@ -256,7 +258,7 @@ def _content(
     encoder = feature.encoder.make(seed)
     values, available = read_content(encoder, feature.columns, data)
     fitted = trained & available
-    encoder.adapt([value for value, known in zip(values, fitted, strict=True) if known])
+    encoder.adapt(take(values, np.flatnonzero(fitted)))
     vectors = embedding_table(encoder, values, available, data, options, f"{options.directory.name}/{name}")
     # A mean that all items share would make them all alike: of images it is most of the vector.
     vectors[available] -= vectors[fitted].mean(axis=0) if fitted.any() else 0.0

@@ -72,6 +72,11 @@ class ImplicitALS(Member):
         """Two products with the gathered vectors a step and two more, on both sides of every epoch."""
         return config.epochs * 8.0 * positives * config.factors * (config.training_steps + 1), 0.0
 
+    @classmethod
+    def depends_on_seed(cls, config: Any) -> bool:
+        """The vectors start at random, and where they end depends on it."""
+        return True
+
     def fit(self, data: TrainingData, options: RunOptions) -> None:
         config, solver = self.config, Solver(self.config)
         by_user, by_item = (batches(matrix, config.factors) for matrix in (data.matrix, data.matrix.T.tocsr()))

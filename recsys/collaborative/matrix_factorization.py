@@ -11,25 +11,33 @@ from scipy import sparse
 
 from fusion.compat import keras, tf
 from fusion.config import Settings
+from fusion.training.optimizers import Group
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import History, RunOptions, derive_seed
 from recsys.collaborative.base import (
     Decay,
     EmbeddingScorer,
-    Member,
     TrainingData,
     pool_history,
     recency,
 )
-from recsys.collaborative.pairs import HistoryPairs, NegativePairs, Sampling, pairwise, train_towers
+from recsys.collaborative.pairs import (
+    HistoryPairs,
+    NegativePairs,
+    Sampling,
+    TowerMember,
+    Towers,
+    pairwise,
+    train_towers,
+)
 from recsys.collaborative.svd import right_singular_vectors
 
 Tables = tuple[tf.Tensor, tf.Tensor]
 """Vectors of items as parts of a history, and as candidates, each `[I, D]`."""
 
 
-class MatrixFactorization(Member):
+class MatrixFactorization(TowerMember):
     """Two embeddings an item: one as part of a history, one as a candidate (asymmetric factorisation, Koren 2008).
 
     The user's vector is pooled from the history, so there is no user table and nothing to learn for a new user.
@@ -63,13 +71,26 @@ class MatrixFactorization(Member):
         training: TrainingSettings = TrainingSettings(epochs=20, batch_size=1024, learning_rate=0.005)
         """The training loop."""
 
+    @classmethod
+    def joins(cls, config: Any) -> bool:
+        """Losses over negatives of one's own have no part in a softmax over the batch."""
+        return bool(config.loss == "softmax")
+
     def fit(self, data: TrainingData, options: RunOptions) -> History:
+        towers = self.towers(data, options)
+        history = self._train(data, options)
+        towers.finish()
+        return history
+
+    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
         with scope(options):
             self.model = self._build(data.matrix)
         self.speaks = data.counts > 0
-        history = self._train(data, options)
+        group = Group("tables", self.model.trainable_variables, self.config.training)
+        return Towers(self.model, self.config.temperature, [group], self._finish)
+
+    def _finish(self) -> None:
         self.tables = self._tables()
-        return history
 
     def _train(self, data: TrainingData, options: RunOptions) -> History:
         config, seed = self.config, derive_seed(self.seed, "histories")

@@ -60,6 +60,8 @@ class MultVAE(Member):
         training: TrainingSettings = TrainingSettings(epochs=100, batch_size=64, learning_rate=0.003, patience=10)
         """The training loop; a row is a user's history."""
 
+    accelerations = ("xla", "accumulate")
+
     def fit(self, data: TrainingData, options: RunOptions) -> History:
         """Trains the network on all histories; DataError where there are none."""
         from fusion.training.trainer import fit  # the trainer is not needed where fitted members are only scored

@@ -7,15 +7,19 @@ pair are the other targets of its batch (softmax), or items that its user never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, Protocol
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from scipy import sparse
 
 from fusion.compat import keras, tf, tfrs
+from fusion.training.optimizers import Group
+from fusion.training.strategy import all_replicas
 from fusion.types import Features, History, RunOptions
-from recsys.collaborative.base import PADDING, TrainingData
+from recsys.collaborative.base import PADDING, Member, TrainingData
 from recsys.metrics import parse_metric
 
 
@@ -120,6 +124,9 @@ def padded_histories(matrix: sparse.csr_matrix, max_history: int, seed: int) -> 
     return result
 
 
+NEVER = -1e9
+"""Added to a score, it leaves the candidate without a share in the softmax."""
+
 Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
 """Takes a batch of pairs, returns the loss of each, `[b]`."""
 
@@ -127,6 +134,9 @@ Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
 def in_batch_softmax(model: keras.Model, temperature: float = 1.0, accidental_hits: bool = True) -> Loss:
     """The loss `[b]` of TFRS's retrieval task: the other targets of the batch are the negatives, corrected for
     how often they are drawn (logQ, Yi et al. 2019) and without those that equal the target.
+
+    Under several replicas these are the targets of the whole batch, not of the replica's share: two devices then learn
+    what one does, for an exchange of `[b, D]` a step.
 
     `model` maps the batch, but for `probability`, to `user` `[b, D]` and `item` `[b, D]`.
     """
@@ -141,13 +151,22 @@ def in_batch_softmax(model: keras.Model, temperature: float = 1.0, accidental_hi
         vectors = model(inputs, training=True)
         return task(
             vectors["user"],
-            vectors["item"],
-            candidate_sampling_probability=batch["probability"],
-            candidate_ids=batch["target"],
+            all_replicas(vectors["item"]),
+            candidate_sampling_probability=all_replicas(batch["probability"]),
+            candidate_ids=all_replicas(batch["target"]),
             compute_metrics=False,
         )
 
     return loss
+
+
+def in_batch_cross_entropy(logits: tf.Tensor, batch: dict[str, tf.Tensor]) -> tf.Tensor:
+    """The loss `[b]` of `in_batch_softmax` for scores `[b, b]` of any kind, the targets of the batch by column."""
+    target = batch["target"]
+    corrected = logits - tf.math.log(tf.clip_by_value(batch["probability"], 1e-6, 1.0))
+    hits = tf.cast(target[:, None] == target[None, :], tf.float32)
+    hits -= tf.eye(tf.shape(target)[0])
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(tf.shape(target)[0]), corrected + NEVER * hits)
 
 
 PairwiseKind = Literal["bpr", "warp"]
@@ -178,6 +197,39 @@ def pairwise(model: keras.Model, kind: PairwiseKind, items: int) -> Loss:
         return tf.math.log1p(rank) * tf.reduce_max(violation, axis=1)
 
     return loss
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A member that is trained on pairs, as joint training sees it: scores are products of users and items.
+
+    Attributes:
+        model: `user` and `target` int32 `[b]`, `history` int32 `[b, L]` and what `gather` gives, or some of them ->
+            `user` `[b, D]` or `[b, K, D]` (the best of K products counts), and `item` `[b, D]`.
+        temperature: divides the products in the softmax.
+        groups: which optimizer moves which variables.
+        finish: makes the member what its weights now say; called when it is to be measured, and at the end.
+        gather: item numbers int `[b]` -> what else the model reads of the targets.
+    """
+
+    model: keras.Model
+    temperature: float
+    groups: Sequence[Group]
+    finish: Callable[[], None]
+    gather: Callable[[np.ndarray], Features] = lambda items: {}
+
+
+class TowerMember(Member):
+    """A member that can be trained alone, or with others by the gradient of their fused scores (`recsys.joint`)."""
+
+    @classmethod
+    def joins(cls, config: Any) -> bool:
+        """Whether the settings allow training with others."""
+        return True
+
+    @abc.abstractmethod
+    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
+        """The member as it starts training with others; its variables are made in the scope of the strategy."""
 
 
 def train_towers(

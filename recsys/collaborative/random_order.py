@@ -15,6 +15,11 @@ class RandomOrder(ConstantState, Member):
     class Config(Settings):
         """A random order has no settings."""
 
+    @classmethod
+    def depends_on_seed(cls, config: Config) -> bool:
+        """It is nothing but its seed."""
+        return True
+
     def fit(self, data: TrainingData, options: RunOptions) -> None:
         self.scores = np.random.default_rng(self.seed).random(data.matrix.shape[1], np.float32)
         self.speaks = np.ones(len(self.scores), bool)

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from fusion.compat import keras, tf
 from fusion.config import Settings
-from fusion.training.strategy import scope
+from fusion.training.strategy import all_replicas, scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, History, RunOptions, derive_seed
 from recsys.collaborative.base import (
@@ -216,7 +216,8 @@ class Windows:
 
 
 def next_item_softmax(model: keras.Model, windows: Windows) -> Callable[[dict[str, tf.Tensor]], tf.Tensor]:
-    """The loss `[b]` of a batch of windows: a softmax of each target against the negatives of the whole batch.
+    """The loss `[b]` of a batch of windows: a softmax of each target against the negatives of the whole batch, also
+    where several replicas share it.
 
     For the score s_t of a target and n negatives j, drawn with probability q: log(e^s_t + sum_j e^s_j / (n q_j)) - s_t,
     the importance-sampled softmax (Bengio & Senecal 2008; dividing by q is the logQ correction); with all items as
@@ -228,7 +229,8 @@ def next_item_softmax(model: keras.Model, windows: Windows) -> Callable[[dict[st
     def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         history, present = batch["history"], batch["target"] >= 0
         row, target = tf.where(present)[:, 0], tf.boolean_mask(batch["target"], present)  # [T]
-        negative = tf.reshape(batch["negative"], [-1]) if windows.drawn else tf.constant(windows.items)  # [C]
+        # [C]
+        negative = tf.reshape(all_replicas(batch["negative"]), [-1]) if windows.drawn else tf.constant(windows.items)
         answer = model({"history": history, "candidate": tf.concat([target, negative], axis=0)}, training=True)
         state, item, bias = tf.boolean_mask(answer["state"], present), answer["item"], answer["bias"][:, 0]
         own = tf.reduce_sum(state * item[: tf.size(target)], axis=1) + bias[: tf.size(target)]

@@ -13,12 +13,12 @@ from pydantic import Field
 
 from fusion.compat import keras, tf
 from fusion.config import Settings
+from fusion.training.optimizers import Group
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import History, RunOptions, derive_seed
 from recsys.collaborative.base import (
     Decay,
-    Member,
     TrainingData,
     constant,
     padded_numbers,
@@ -27,7 +27,7 @@ from recsys.collaborative.base import (
 )
 from recsys.collaborative.content import principal_axes
 from recsys.collaborative.features import FeatureSettings, check_contents, item_features
-from recsys.collaborative.pairs import HistoryPairs, train_towers
+from recsys.collaborative.pairs import HistoryPairs, TowerMember, Towers, train_towers
 
 BLOCK = 4096
 """Items whose vectors are made at a time."""
@@ -38,7 +38,7 @@ SHARPNESS = 4.0
 start, and then stay, alike."""
 
 
-class TwoTower(Member):
+class TwoTower(TowerMember):
     """Item: id + features · P + MLP(id, features, aggregates). User: pooled rows + MLP(pooled rows, means, length).
 
     The straight part is a factorisation whose item vectors are sums of embeddings of everything known about an item
@@ -91,15 +91,23 @@ class TwoTower(Member):
         check_contents(config.features.content)
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
+        towers = self.towers(data, options)
+        pairs = HistoryPairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
+        history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
+        towers.finish()
+        return history
+
+    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
         self.features = item_features(self.config.features, data, options, self.seed)
         self.trained = data.counts > 0
         self.speaks = self.trained | self.features.described
         with scope(options):
             self.model = self._build()
-        pairs = HistoryPairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
-        history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
+        group = Group("towers", self.model.trainable_variables, self.config.training)
+        return Towers(self.model, self.config.temperature, [group], self._finish)
+
+    def _finish(self) -> None:
         self.learned = self._learned()
-        return history
 
     # ---- the model that is trained ---------------------------------------------------------------------------
 
@@ -248,9 +256,10 @@ class HistoryTable(keras.layers.Layer):
         for part in (self.features, self.ids):
             if not part.built:
                 part.build(input_shape)
-        self.projection = self.add_weight(
-            name="projection", shape=self.start.shape, initializer=keras.initializers.Constant(self.start)
-        )
+        if len(self.start):  # an empty variable crashes a process that trains with others
+            self.projection = self.add_weight(
+                name="projection", shape=self.start.shape, initializer=keras.initializers.Constant(self.start)
+            )
         super().build(input_shape)
 
     def call(self, numbers: tf.Tensor) -> tf.Tensor:
@@ -262,8 +271,10 @@ class HistoryTable(keras.layers.Layer):
 
     def rows(self, trained: np.ndarray) -> np.ndarray:
         """The table `[I, D]` for scoring; items that are not `trained` are without their ids, which learned nothing."""
-        attributes = self.features.get_weights()[0][:-1, : len(self.start)] @ self.projection.numpy()
-        return attributes + self.ids.get_weights()[0][:-1] * trained[:, None]
+        rows = self.ids.get_weights()[0][:-1] * trained[:, None]
+        if not len(self.start):
+            return rows
+        return rows + self.features.get_weights()[0][:-1, : len(self.start)] @ self.projection.numpy()
 
 
 class TowerScorer(tf.Module):

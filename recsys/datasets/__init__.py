@@ -17,6 +17,7 @@ READERS = Registry(
         "recbole": "recsys.datasets.recbole:RecBole",
         "lightgcn": "recsys.datasets.lightgcn:LightGCN",
         "sklearn_digits": "recsys.datasets.digits:Digits",
+        "sklearn_tables": "recsys.datasets.sklearn_tables:SklearnTables",
         "planted": "recsys.datasets.planted:Planted",
         "long_tail": "recsys.datasets.long_tail:LongTail",
         "planted_classes": "recsys.datasets.planted:PlantedClasses",

@@ -43,6 +43,7 @@ METRICS: dict[Over, Registry] = {
             "log_loss": "recsys.metrics.classes:log_loss",
             "auc": "recsys.metrics.classes:auc",
             "rmse": "recsys.metrics.classes:rmse",
+            "ece": "recsys.metrics.classes:ece",
         },
     ),
 }

@@ -1,10 +1,12 @@
 """Metrics of classification: labels int `[N]` against probabilities `[N, C]`.
 
 `accuracy` and `log_loss` are one float64 value per example (their mean is the metric, and they can be
-bootstrapped); `auc` and `rmse` are one number.
+bootstrapped); `auc`, `rmse` and `ece` are one number.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -14,6 +16,9 @@ from recsys.metrics.definition import metric
 
 _SMALLEST = 1e-15
 """Probabilities are clipped here before the logarithm: a certain mistake costs 34.5 nats, not infinity."""
+
+_BINS = 15
+"""Of equal width, for the calibration error: what published figures use (Guo et al. 2017)."""
 
 
 def _checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,3 +106,48 @@ def rmse(targets: np.ndarray, predictions: np.ndarray) -> float:
         errors = errors.copy()
         errors[np.arange(len(labels)), labels] -= 1.0
     return float(np.sqrt(np.mean(errors**2)))
+
+
+class Reliability(NamedTuple):
+    """How often answers of about one confidence are right: float64 `[bins]` each, bins without answers left out.
+
+    Attributes:
+        confidence: mean probability of the answers (the most probable classes) in the bin.
+        accuracy: share of them that are right.
+        share: share of all answers that lie in the bin.
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    share: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error, see `ece`; NaN without answers."""
+        return float(self.share @ np.abs(self.accuracy - self.confidence)) if self.share.size else float("nan")
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Reliability:
+    """The reliability diagram of labels `[N]` and probabilities `[N, C]`, 15 bins of equal width (Niculescu-Mizil &
+    Caruana 2005; of the most probable class as in Guo et al. 2017)."""
+    labels, probabilities = _checked(labels, probabilities)
+    confidence = probabilities.max(axis=1, initial=0.0)
+    right = probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    counts, sums, hits = (np.bincount(bins, values, _BINS) for values in (None, confidence, right))
+    filled = counts > 0
+    counts, sums, hits = counts[filled], sums[filled], hits[filled]
+    return Reliability(sums / counts, hits / counts, counts / max(len(labels), 1))
+
+
+@metric("class", higher_is_better=False)
+def ece(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Expected calibration error: how far the confidence of answers is from how often they are right.
+
+    Formula: sum over 15 bins of equal width of max_c p(c), of (examples in the bin / N) * |accuracy in the bin -
+    mean of max_c p(c) in the bin|. Range 0 to 1, less is better. Ties: the lowest class number is the answer.
+    With few examples it is too large, because bins differ by chance. No examples: NaN.
+    Source: Naeini, Cooper, Hauskrecht, Obtaining well calibrated probabilities using Bayesian binning, AAAI 2015;
+    bins as in Guo, Pleiss, Sun, Weinberger, On calibration of modern neural networks, ICML 2017, equation 5.
+    """
+    return reliability(labels, probabilities).error

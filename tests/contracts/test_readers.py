@@ -46,6 +46,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "recbole": _recbole,
     "lightgcn": _lightgcn,
     "sklearn_digits": lambda path: {},
+    "sklearn_tables": lambda path: {"name": "wine"},
     "long_tail": lambda path: {"size": "small"},
     "planted": lambda path: {"users": 8, "items": 20, "interactions_per_user": 5, "image_size": 8},
     "planted_classes": lambda path: {"examples": 40, "image_size": 8},

@@ -26,14 +26,29 @@ VARIANTS: dict[str, list[tuple[Over, dict[str, Any]]]] = {
     "average": [
         *[(over, {"mean": mean}) for over in ("classes", "candidates") for mean in ("geometric", "rank")],
         ("candidates", {"mean": "rank", "top_n": 4}),
+        *[("classes", {"calibration": method}) for method in ("none", "platt", "isotonic")],
     ],
-    "vote": [("candidates", {"method": "borda", "top_n": 4})],
+    "vote": [("candidates", {"method": "borda", "top_n": 4}), ("classes", {"calibration": "platt"})],
     "probability": [
         *[("candidates", {"normalisation": kind, "top_n": 4}) for kind in ("rank", "softmax", "none")],
         ("classes", {"weights": {"image": 0.2, "text": 0.3, "taste": 0.5}}),
     ],
+    "learned": [
+        ("classes", {"per_class": True, "segments": {"words": 2}}),
+        ("candidates", {"segments": {"history_length": 3, "popularity": 2}}),
+    ],
+    "gate": [
+        ("classes", {"context": (), "confidence": False}),
+        ("candidates", {"context": (), "hidden": 4, "normalisation": "standardise"}),
+    ],
     "greedy": [("candidates", {"normalisation": kind, "top_n": 4}) for kind in ("log_rank", "none")],
-    "stacker": [("classes", {"per_class": True}), ("candidates", {"features": ("rank",), "top_n": 4})],
+    "stacker": [
+        ("classes", {"per_class": True}),
+        ("classes", {"calibration": "isotonic"}),
+        ("candidates", {"features": ("rank",), "top_n": 4}),
+    ],
+    "stacker_mlp": [("candidates", {"passthrough": ("history_length", "popularity"), "top_n": 4})],
+    "stacker_gbdt": [("classes", {"passthrough": ("words",)})],
 }
 
 CASES = [
@@ -55,6 +70,22 @@ def random_scores(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def context_for(rule: Rule, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    """What the rule reads beside scores `[B, S, C]`; the first number is of rows, the others are of candidates."""
+    names = rule.reads(rule.config)
+    if not names:
+        return None
+    random, (rows, _, wide) = np.random.default_rng(20), shape
+    found = {name: random.normal(size=(rows, 1)).astype(np.float32) for name in names}
+    if rule.over == "candidates":
+        found |= {name: random.normal(size=(1, wide)).astype(np.float32) for name in names[1:]}
+    return found
+
+
+def fuse(rule: Rule, scores: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    return rule(scores, mask=mask, context=context_for(rule, scores.shape)).numpy()
+
+
 def silenced(scores: np.ndarray, over: Over) -> np.ndarray:
     """Scores with holes: whole rows of classes, single candidates of candidates."""
     scores = scores.copy()
@@ -72,8 +103,8 @@ class TestRule:
     def test_contributions_sum_to_the_fused_score(self, name: str, over: Over, options: dict[str, Any]) -> None:
         rule = make(name, over, options)
         for scores in (random_scores(), silenced(random_scores(1), over)):
-            fused = rule(scores).numpy()
-            terms, bias = rule.contributions(scores)
+            fused = fuse(rule, scores)
+            terms, bias = rule.contributions(scores, context=context_for(rule, scores.shape))
             assert fused.shape == (2, 7) and terms.shape == SHAPE and fused.dtype == np.float32
             np.testing.assert_allclose(terms.numpy().sum(axis=1) + bias.numpy(), fused, rtol=1e-6, atol=1e-6)
             assert np.isfinite(terms.numpy()).all() and np.isfinite(fused).all()
@@ -84,12 +115,12 @@ class TestRule:
         for size in (1, 2):
             for kept in combinations(range(3), size):
                 alone = make(name, over, options, tuple(MEMBERS[s] for s in kept))
-                expected = alone(scores[:, list(kept)]).numpy()
+                expected = fuse(alone, scores[:, list(kept)])
                 mask = np.isin(np.arange(3), kept)[None, :].repeat(2, axis=0)
-                np.testing.assert_allclose(whole(scores, mask=mask).numpy(), expected, rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(fuse(whole, scores, mask), expected, rtol=1e-5, atol=1e-5)
                 missing = np.where(mask[:, :, None], scores, np.nan).astype(np.float32)
-                np.testing.assert_allclose(whole(missing).numpy(), expected, rtol=1e-5, atol=1e-5)
-                terms = whole.contributions(missing)[0].numpy()
+                np.testing.assert_allclose(fuse(whole, missing), expected, rtol=1e-5, atol=1e-5)
+                terms = whole.contributions(missing, context=context_for(whole, SHAPE))[0].numpy()
                 assert (terms[~mask] == 0).all()
 
     def test_a_mask_and_a_score_that_is_not_finite_are_the_same_silence(
@@ -100,15 +131,15 @@ class TestRule:
         holes = silenced(scores, over)
         mask = np.isfinite(holes)
         filled = np.where(mask, holes, np.float32(1e9)).astype(np.float32)
-        np.testing.assert_allclose(rule(filled, mask=mask).numpy(), rule(holes).numpy(), rtol=1e-6, atol=1e-6)
-        assert not np.allclose(rule(scores).numpy(), rule(holes).numpy())
+        np.testing.assert_allclose(fuse(rule, filled, mask), fuse(rule, holes), rtol=1e-6, atol=1e-6)
+        assert not np.allclose(fuse(rule, scores), fuse(rule, holes))
 
     def test_the_order_of_members_does_not_matter(self, name: str, over: Over, options: dict[str, Any]) -> None:
         scores = silenced(random_scores(4), over)
-        expected = make(name, over, options)(scores).numpy()
+        expected = fuse(make(name, over, options), scores)
         for order in permutations(range(3)):
             permuted = make(name, over, options, tuple(MEMBERS[s] for s in order))
-            fused = permuted(scores[:, list(order)]).numpy()
+            fused = fuse(permuted, scores[:, list(order)])
             np.testing.assert_allclose(fused, expected, rtol=1e-5, atol=1e-5)
 
     def test_weight_zero_is_leaving_the_member_out(self, name: str, over: Over, options: dict[str, Any]) -> None:
@@ -116,27 +147,48 @@ class TestRule:
             pytest.skip("takes no weights; tests/fusion/test_rules.py shows it on learned ones")
         scores = silenced(random_scores(5), over)
         weighted = {**options, "weights": {"image": 0.25, "text": 0.0, "taste": 0.75}}
-        expected = make(name, over, weighted, ("image", "taste"))(scores[:, [0, 2]]).numpy()
-        np.testing.assert_allclose(make(name, over, weighted)(scores).numpy(), expected, rtol=1e-5, atol=1e-5)
+        expected = fuse(make(name, over, weighted, ("image", "taste")), scores[:, [0, 2]])
+        np.testing.assert_allclose(fuse(make(name, over, weighted), scores), expected, rtol=1e-5, atol=1e-5)
+
+    def test_members_without_influence_can_be_left_out(self, name: str, over: Over, options: dict[str, Any]) -> None:
+        """H9: the rule over the members that it uses is the whole rule with the others silent."""
+        scores, rule = random_scores(13), make(name, over, options)
+        assert rule.used() == MEMBERS and rule.restricted(MEMBERS) is rule
+        with pytest.raises(ConfigError, match="did you mean 'text'"):
+            rule.restricted(["txt"])
+        weights = {"image": 0.25, "text": 0.0, "taste": 0.75}
+        if "weights" in RULES[name].Config.model_fields:
+            rule = make(name, over, {**options, "weights": weights})
+        elif rule.state().get("weights", np.zeros(0)).shape == (3,):
+            rule.load_state({**rule.state(), "weights": np.array([*weights.values()], np.float32)})
+        else:
+            return  # all its members always count
+        used = rule.restricted(rule.used())
+        assert rule.used() == used.members == ("image", "taste") and used.over == over
+        mask = np.array([[True, False, True]] * 2)
+        expected, terms = fuse(rule, scores, mask), rule.contributions(scores, mask)[0].numpy()
+        np.testing.assert_allclose(fuse(used, scores[:, [0, 2]]), expected, rtol=1e-5, atol=1e-6)
+        found = used.contributions(scores[:, [0, 2]])[0].numpy()
+        np.testing.assert_allclose(found, terms[:, [0, 2]], rtol=1e-5, atol=1e-6)
 
     def test_no_voice_at_all(self, name: str, over: Over, options: dict[str, Any]) -> None:
         """H8: candidates without a voice are sorted last, classes without one are uniform."""
         rule, scores = make(name, over, options), random_scores(6)
         if over == "candidates":
             scores[0, :, 4] = np.nan
-            fused = rule(scores).numpy()
+            fused = fuse(rule, scores)
             assert fused[0, 4] == -np.inf and np.isfinite(np.delete(fused[0], 4)).all()
-            constant = rule(np.ones(SHAPE, np.float32)).numpy()
+            constant = fuse(rule, np.ones(SHAPE, np.float32))
             assert (constant == -np.inf).all()
         else:
             scores[1] = np.nan
-            probabilities = rule.probabilities(rule(scores)).numpy()
+            probabilities = rule.probabilities(fuse(rule, scores)).numpy()
             np.testing.assert_allclose(probabilities[1], np.full(7, 1 / 7), rtol=1e-5)
             assert probabilities[0].std() > 1e-3
 
     def test_probabilities_are_probabilities(self, name: str, over: Over, options: dict[str, Any]) -> None:
         rule = make(name, over, options)
-        fused = rule(silenced(random_scores(7), over))
+        fused = fuse(rule, silenced(random_scores(7), over))
         if over == "candidates":
             with pytest.raises(ValueError, match="over classes"):
                 rule.probabilities(fused)
@@ -144,12 +196,16 @@ class TestRule:
         probabilities = rule.probabilities(fused).numpy()
         np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
         assert (probabilities >= 0).all()
-        np.testing.assert_array_equal(probabilities.argmax(axis=1), fused.numpy().argmax(axis=1))
+        np.testing.assert_array_equal(probabilities.argmax(axis=1), fused.argmax(axis=1))
 
     def test_batch_is_single(self, name: str, over: Over, options: dict[str, Any]) -> None:
         rule, scores = make(name, over, options), silenced(random_scores(8), over)
-        single = np.concatenate([rule(row[None]).numpy() for row in scores])
-        np.testing.assert_allclose(rule(scores).numpy(), single, rtol=1e-6, atol=1e-6)
+        context = context_for(rule, scores.shape)
+        single = []
+        for at in range(len(scores)):
+            own = context and {k: v[at : at + 1] if len(v) > 1 else v for k, v in context.items()}
+            single.append(rule(scores[at : at + 1], context=own).numpy())
+        np.testing.assert_allclose(fuse(rule, scores), np.concatenate(single), rtol=1e-6, atol=1e-6)
 
     def test_a_part_of_normalised_candidates_is_fused_as_in_the_whole(
         self, name: str, over: Over, options: dict[str, Any]
@@ -159,22 +215,24 @@ class TestRule:
         rule, scores = make(name, over, options), silenced(random_scores(9), over)
         features = rule.normalise(scores).numpy()[:, :, [5, 1, 2]]
         assert features.shape == (2, 3 * rule.features_per_member, 3)
-        expected = rule(scores).numpy()[:, [5, 1, 2]]
-        np.testing.assert_allclose(rule.fuse(features).numpy(), expected, rtol=1e-5, atol=1e-6)
+        expected = fuse(rule, scores)[:, [5, 1, 2]]
+        context = context_for(rule, scores.shape)
+        own = context and {k: v[:, [5, 1, 2]] if v.shape[1] > 1 else v for k, v in context.items()}
+        np.testing.assert_allclose(rule.fuse(features, context=own).numpy(), expected, rtol=1e-5, atol=1e-6)
 
     def test_large_scores_and_their_masks_are_safe(self, name: str, over: Over, options: dict[str, Any]) -> None:
         rule, scores = make(name, over, options), random_scores(10)
         lowest = np.where(np.arange(7) == 3, np.finfo(np.float32).min, scores).astype(np.float32)
         if over == "candidates":  # the mask of other people's models
-            assert (rule(lowest).numpy()[:, 3] == -np.inf).all()
-        assert np.isfinite(rule(scores * np.float32(1e25)).numpy()).all()
+            assert (fuse(rule, lowest)[:, 3] == -np.inf).all()
+        assert np.isfinite(fuse(rule, scores * np.float32(1e25))).all()
 
     def test_keras_makes_the_layer_again(self, name: str, over: Over, options: dict[str, Any]) -> None:
         rule, scores = make(name, over, options), random_scores(11)
         config = json.loads(json.dumps(keras.layers.serialize(rule)))
         again = keras.layers.deserialize(config)
         assert again.config == rule.config and again.members == MEMBERS
-        np.testing.assert_array_equal(again(scores).numpy(), rule(scores).numpy())
+        np.testing.assert_array_equal(fuse(again, scores), fuse(rule, scores))
 
     def test_learned_numbers_survive_a_round_trip(self, name: str, over: Over, options: dict[str, Any]) -> None:
         """State is numbers only, and refuses what is not its own."""
@@ -187,17 +245,23 @@ class TestRule:
                 rule.fit(rule.normalise(scores).numpy(), None, labels)
         else:
             given = scores if over == "classes" else rule.normalise(scores).numpy()
-            report = rule.fit(given, None, labels)
+            context = context_for(rule, scores.shape)
+            if context and over == "candidates":
+                context = {key: np.broadcast_to(value, labels.shape) for key, value in context.items()}
+            report = rule.fit(given, None, labels, context=context)
             assert {"loss_before", "loss_after", "iterations", "rows"} <= set(report)
             assert np.isfinite([report["loss_before"], report["loss_after"]]).all()
             json.dumps(report)
             with pytest.raises(DataError, match="axis 1"):
-                rule.fit(given[:, :2], None, labels)
+                rule.fit(given[:, :2], None, labels, context=context)
+            if context:
+                with pytest.raises(DataError, match="is not given"):
+                    rule.fit(given, None, labels)
         state = rule.state()
         assert all(value.dtype.kind == "f" for value in state.values())
         again = make(name, over, options)
         again.load_state(state)
-        np.testing.assert_array_equal(again(scores).numpy(), rule(scores).numpy())
+        np.testing.assert_array_equal(fuse(again, scores), fuse(rule, scores))
         with pytest.raises(DataError, match="must hold"):
             again.load_state({**state, "other": np.zeros(3)})
         for key, value in state.items():
@@ -215,14 +279,19 @@ class TestRule:
         mask[0, 0, 20:30] = False
         mask[0, :, 25] = over == "classes"
         scores[0, 2, 40] = np.nan if over == "candidates" else 0.0
-        expected = [rule(scores, mask=mask).numpy(), rule.contributions(scores, mask)[0].numpy()]
+        context = context_for(rule, scores.shape) or {}
+        expected = [
+            rule(scores, mask=mask, context=context).numpy(),
+            rule.contributions(scores, mask, context)[0].numpy(),
+        ]
 
         tf.saved_model.save(Exported(rule), str(tmp_path))
         saved = tf.saved_model.load(str(tmp_path))
-        loaded = saved.serve(tf.constant(scores), tf.constant(mask))
+        given = {"scores": scores, "mask": mask, **{f"context_{name}": values for name, values in context.items()}}
+        loaded = saved.signatures["serving_default"](**{name: tf.constant(array) for name, array in given.items()})
         converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path))
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        lite = run_litert(converter.convert(), scores=scores, mask=mask)
+        lite = run_litert(converter.convert(), **given)
         for result in (loaded, lite):
             np.testing.assert_allclose(result["fused"], expected[0], rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(result["terms"], expected[1], rtol=1e-5, atol=1e-5)
@@ -234,15 +303,21 @@ class Exported(tf.Module):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-
-    @tf.function(
-        input_signature=[
+        context = context_for(rule, (1, 3, 50)) or {}
+        specs = [
             tf.TensorSpec([1, 3, 50], tf.float32, "scores"),
             tf.TensorSpec([1, 3, 50], tf.bool, "mask"),
+            *[tf.TensorSpec(values.shape, tf.float32, f"context_{name}") for name, values in context.items()],
         ]
-    )
-    def serve(self, scores: Any, mask: Any) -> dict[str, Any]:
-        return {"fused": self.rule(scores, mask=mask), "terms": self.rule.contributions(scores, mask)[0]}
+        self.names = tuple(context)
+        self.serve = tf.function(self._serve, input_signature=specs)
+
+    def _serve(self, scores: Any, mask: Any, *values: Any) -> dict[str, Any]:
+        context = dict(zip(self.names, values, strict=True))
+        return {
+            "fused": self.rule(scores, mask=mask, context=context),
+            "terms": self.rule.contributions(scores, mask, context)[0],
+        }
 
 
 def run_litert(model: bytes, **inputs: np.ndarray) -> dict[str, np.ndarray]:

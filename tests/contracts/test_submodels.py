@@ -15,6 +15,10 @@ from fusion.submodels.head import HeadSettings, classifier, head
 from tiny_bert import write_tiny_bert
 
 TEXTS = ["a red film", "the blue night, the blue sea", "", "war and war and night", "a sea of red", "film"]
+TABLE = np.array(
+    [("1.5", "red", "3"), ("-2", "blue", ""), ("", "red", "3"), ("0", "", "3"), ("7e3", "green", ""), ("1", "red", "")],
+    dtype=[("width", "U8"), ("colour", "U8"), ("doors", "U8")],
+)
 BATCH_TOLERANCE = 1e-5
 PRETRAINED = sorted(kind for kind, submodel in SUBMODELS.items() if issubclass(submodel, Pretrained))
 
@@ -25,9 +29,13 @@ def make(tmp_path_factory):
     folder = write_tiny_bert(tmp_path_factory.mktemp("bert"))
     small = {
         "text_bert": {"init_from": str(folder), "max_tokens": 16},
+        "text_bert_long": {"init_from": str(folder), "max_tokens": 8, "windows": 3, "overlap": 2},
         "text_tfidf": {"max_features": 50, "dimensions": 4},
+        "text_convolution": {"max_words": 12, "min_count": 1, "word_dimensions": 6, "runs": [1, 3], "filters": 4},
+        "text_recurrent": {"max_words": 12, "min_count": 1, "word_dimensions": 6, "units": 4},
         "image_efficientnet": {"image_size": 32},
         "image_cnn": {"image_size": 16, "widths": [4, 8]},
+        "dense": {"widths": [8, 4]},
     }
 
     def build(kind, seed=3, **settings):
@@ -52,6 +60,8 @@ def submodel(kind, make):
 def values_for(submodel):
     if submodel.modality == "text":
         return TEXTS
+    if submodel.modality == "tabular":
+        return TABLE
     size = submodel.config.image_size
     return np.random.default_rng(0).integers(0, 256, (6, size, size, 3), np.uint8)
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fusion.augmentation import ImageAugmentation, TextAugmentation
+from fusion.augmentation import Augmentation, ImageAugmentation, TextAugmentation
+from fusion.config import parse_part
+from fusion.errors import ConfigError
+from fusion.submodels import SUBMODELS
+from fusion.submodels.head import HeadSettings
+from fusion.training.member import CLASSIFIERS, ClassifierMember
+from fusion.training.separate import ClassifierTraining, Examples, train_classifier, trained_rows
+from fusion.types import RunOptions
+
+DROPPED: dict[str, Any] = {"columns": ["text"], "augmentation": {"text": {"drop": 0.1}}}
 
 
 def gradient() -> np.ndarray:
@@ -111,3 +123,62 @@ class TestTexts:
         assert all(len(words) == 20 for words in found)
         assert np.mean([words.count("[MASK]") for words in found]) == pytest.approx(5, abs=0.5)
         assert all(word in ("[MASK]", f"w{place}") for words in found for place, word in enumerate(words))
+
+
+class TestTraining:
+    def test_values_are_varied_in_training_alone(self, tmp_path: Path) -> None:
+        """C4: each epoch sees other views, decided by the seed; validation sees the images as they are."""
+        submodel = SUBMODELS["image_cnn"](SUBMODELS["image_cnn"].Config(image_size=8, widths=(4,)), 1)
+        images = np.repeat(gradient(), 12, axis=0)
+        options = RunOptions(seed=1, directory=tmp_path / "run", quiet=True)
+        settings = Augmentation(image=ImageAugmentation(rotation=30))
+        rows, same = (trained_rows(submodel, images, tmp_path, options, a) for a in (settings, Augmentation()))
+        first, second = (rows.gather(np.array(numbers))["image"] for numbers in ([0, 1, 2], [3, 4, 5]))
+        assert not np.array_equal(first, images[:3]) and not np.array_equal(first, second)
+        np.testing.assert_array_equal(rows.gather(np.array([0, 1, 2]))["image"], first)
+        np.testing.assert_array_equal(same.gather(np.array([0, 1, 2]))["image"], images[:3])
+
+    def test_learns_views_that_it_was_not_shown(self, tmp_path: Path) -> None:
+        """C4: taught images of one direction, it knows mirrored ones only where mirroring was part of the training."""
+        random = np.random.default_rng(0)
+        labels = np.arange(96) % 2
+        images = random.integers(0, 40, (96, 8, 8, 3)).astype(np.uint8)
+        images[labels == 1, 1:3, 0:3] += 200  # a bright mark, top left
+        images[labels == 0, 5:7, 5:8] += 200  # bottom right
+        mirrored = images[:, :, ::-1]
+        found = {}
+        for flip in (False, True):
+            submodel = SUBMODELS["image_cnn"](SUBMODELS["image_cnn"].Config(image_size=8, widths=(8, 8), dropout=0), 1)
+            trained = train_classifier(
+                submodel, Examples(images, labels), Examples(mirrored, labels), 2, HeadSettings(),
+                ClassifierTraining(epochs=6, batch_size=16, learning_rate=0.01),
+                RunOptions(seed=1, directory=tmp_path / str(flip), quiet=True), tmp_path,
+                Augmentation(image=ImageAugmentation(flip_horizontal=flip)),
+            )  # fmt: skip
+            found[flip] = trained.history.epochs[-1]["log_loss"]
+        assert found[True] < found[False]
+
+    def test_texts_are_varied_before_they_are_cut_into_tokens(self, tmp_path: Path) -> None:
+        """C5: what the encoder reads in training are the words that are left."""
+        kind = SUBMODELS["text_convolution"]
+        submodel = kind(kind.Config(min_count=1, max_words=8), 1)
+        submodel.adapt(["a b c d e f"])
+        options = RunOptions(seed=1, directory=tmp_path / "run", quiet=True)
+        rows = trained_rows(
+            submodel, ["a b c d e f"] * 8, tmp_path, options, Augmentation(text=TextAugmentation(drop=0.5))
+        )
+        counts = (rows.gather(np.arange(8))["words"] > 0).sum(axis=1)
+        assert counts.min() >= 1 and counts.max() < 6
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"encoder": {"kind": "image_cnn"}, "augmentation": {"text": {"drop": 0.1}}}, "this one's is image"),
+            ({"encoder": {"kind": "text_bert", "fine_tune": 2}, **DROPPED}, "needs an encoder that is trained whole"),
+            ({"encoder": {"kind": "text_tfidf"}, **DROPPED}, "needs an encoder that is trained whole"),
+        ],
+    )  # fmt: skip
+    def test_refuses_what_would_never_be_seen(self, settings: dict[str, Any], message: str) -> None:
+        part = parse_part(CLASSIFIERS, {"kind": "neural", **settings}, "members.m")
+        with pytest.raises(ConfigError, match=message):
+            ClassifierMember.check(part.config)

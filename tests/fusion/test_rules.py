@@ -19,8 +19,9 @@ from fusion.config import parse
 from fusion.errors import ConfigError, DataError
 from fusion.rules import RULES
 from fusion.rules.base import Rule
+from fusion.rules.calibration import fit_temperature
 from fusion.rules.greedy import forward_selection, sampled_ndcg
-from fusion.rules.normalisation import fit_temperature, speaking_candidates, standardise
+from fusion.rules.normalisation import speaking_candidates, standardise
 from fusion.rules.vote import smallest_margin
 from fusion.types import Over
 
@@ -216,14 +217,14 @@ def test_a_temperature_is_found_again() -> None:
 
 
 def test_calibration_lowers_the_loss_and_can_be_left_out() -> None:
-    """H1: an overconfident member is cooled; with `calibrate: false` the average has nothing to fit."""
+    """H1: an overconfident member is cooled; with `calibration: none` the average has nothing to fit."""
     scores, labels = informative_classes(600, seed=1)
     scores *= 10
     rule = make("average", "classes")
     report = rule.fit(scores, None, labels)
     assert report["loss_after"] < 0.8 * report["loss_before"]
     assert min(report["temperatures"].values()) > 2
-    plain = make("average", "classes", calibrate=False)
+    plain = make("average", "classes", calibration="none")
     assert not plain.learned
     assert not make("average", "candidates").learned
 
@@ -373,7 +374,7 @@ def test_mixture_weights_are_the_minimum_of_the_log_loss() -> None:
     scores[:, 1] += 1.0 * np.eye(CLASSES)[labels]
     mask = np.random.default_rng(13).random((400, 3)) > 0.3
     mask[~mask.any(axis=1), 0] = True
-    rule = make("probability", "classes", calibrate=False, shrinkage=5.0)
+    rule = make("probability", "classes", calibration="none", shrinkage=5.0)
     report = rule.fit(scores, mask, labels)
     picked = softmax(scores.astype(np.float64), axis=2)[np.arange(400), :, labels]
 
@@ -622,6 +623,6 @@ def test_greedy_over_classes_learns_who_is_right() -> None:
     labels = random.integers(0, 3, 300)
     good = np.eye(3)[labels] * 2.0 + random.normal(size=(300, 3))
     scores = np.stack([good, random.normal(size=(300, 3)) * 4, good + random.normal(size=(300, 3)) * 0.5], axis=1)
-    rule = make("greedy", "classes", calibrate=False)
+    rule = make("greedy", "classes", calibration="none")
     report = rule.fit(scores.astype(np.float32), None, labels)
     assert report["weights"]["b"] == 0.0 and report["loss_after"] < report["loss_before"]

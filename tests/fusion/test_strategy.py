@@ -20,7 +20,9 @@ import pytest
 from fusion.compat import keras, tf
 from fusion.config import parse
 from fusion.errors import ConfigError
-from fusion.training.separate import cross_entropy
+from fusion.submodels.head import HeadSettings
+from fusion.submodels.image_cnn import ImageCnn
+from fusion.training.separate import ClassifierTraining, Examples, cross_entropy, train_classifier
 from fusion.training.strategy import StrategySettings, check_batch, logical_cpus, make_strategy, replicas
 from fusion.training.trainer import TrainingSettings, fit
 from fusion.types import RunOptions
@@ -51,12 +53,6 @@ def test_the_batch_must_be_shared_evenly() -> None:
     check_batch(33, StrategySettings())
     with pytest.raises(ConfigError, match=r"multiple of the 2 devices .* received 33. Take 32 or 34"):
         check_batch(33, two)
-
-
-@pytest.mark.parametrize("kind", ["multi_worker", "parameter_server", "tpu"])
-def test_what_is_not_there_is_refused_in_a_sentence(kind: Any) -> None:
-    with pytest.raises(ConfigError, match=r"would need|none was found"):
-        make_strategy(StrategySettings(kind=kind))
 
 
 def test_default_is_one_device_and_missing_devices_are_named() -> None:
@@ -101,6 +97,18 @@ def test_mirrored_adam_with_penalty_and_clipping_equals_one_device(two_devices: 
 def test_mirrored_with_dropout_and_normalisation_resumes(two_devices: dict[str, Any]) -> None:
     """F10, I2: checkpoints hold the state of every replica."""
     np.testing.assert_allclose(two_devices["resumed"], two_devices["whole"], atol=1e-7, rtol=0)
+
+
+def test_mirrored_statistics_and_negatives_are_of_the_whole_batch(two_devices: dict[str, Any]) -> None:
+    """F3, I2: with shared BatchNormalization the network learns what it learns on one device, and so do towers with the
+    in-batch loss of TFRS. Moving variances differ by n / (n - 1): one device alone corrects for the size of the batch.
+    """
+    for name in ("images", "pairs"):
+        one, two = (np.array(two_devices[f"{name}_{devices}"]) for devices in ("one", "two"))
+        np.testing.assert_allclose(two, one, atol=1e-5, rtol=0)
+    one, two = (np.array(two_devices[f"moving_{devices}"]) for devices in ("one", "two"))
+    np.testing.assert_allclose(two, one, atol=1e-5, rtol=1 / 255)
+    assert np.abs(one - 1).min() > 1e-3, "they have moved"
 
 
 def test_one_strategy_per_process(two_devices: dict[str, Any]) -> None:
@@ -165,6 +173,22 @@ def _train(
     return weights, [row["train_loss"] for row in history.epochs]
 
 
+def _train_images(strategy: tf.distribute.Strategy | None, directory: Path) -> tuple[list[float], list[float]]:
+    """Weights and moving statistics of a small network after four steps."""
+    options = RunOptions(seed=3, directory=directory, strategy=strategy, quiet=True)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
+    settings = parse(ClassifierTraining, {"epochs": 2, "batch_size": 16, "learning_rate": 0.1, "optimizer": "sgd"})
+    submodel = ImageCnn(ImageCnn.Config(image_size=8, widths=(4, 8), dropout=0.0), 1)
+    examples = Examples(images, random.integers(0, 2, 32))
+    fitted = train_classifier(submodel, examples, None, 2, HeadSettings(), settings, options, directory)
+
+    def flat(variables: list[tf.Variable]) -> list[float]:
+        return np.concatenate([variable.numpy().ravel() for variable in variables]).tolist()
+
+    return flat(fitted.model.trainable_variables), flat(fitted.model.non_trainable_variables)
+
+
 def _refusal(action: Any) -> str:
     try:
         action()
@@ -174,6 +198,8 @@ def _refusal(action: Any) -> str:
 
 
 def _main(directory: Path) -> None:
+    from test_distribute import train_pairs
+
     settings = parse(StrategySettings, TWO_CPUS)
     strategy = make_strategy(settings)
     n = 77  # 5 batches of 16 an epoch, of which the last has 13 rows
@@ -187,6 +213,8 @@ def _main(directory: Path) -> None:
         _train(strategy, directory / "resumed", interrupt_at=5, **whole)
     except KeyboardInterrupt:
         resumed, _ = _train(strategy, directory / "resumed", **whole)
+    images_one, moving_one = _train_images(None, directory / "images_one")
+    images_two, moving_two = _train_images(strategy, directory / "images_two")
     other = StrategySettings(kind="mirrored", devices=["CPU:1"])
     outside = _model(False)
     result = {
@@ -201,6 +229,12 @@ def _main(directory: Path) -> None:
         "adam_two": _train(strategy, directory / "adam_two", **adam)[0].tolist(),
         "whole": _train(strategy, directory / "whole", **whole)[0].tolist(),
         "resumed": resumed.tolist(),
+        "images_one": images_one,
+        "images_two": images_two,
+        "moving_one": moving_one,
+        "moving_two": moving_two,
+        "pairs_one": train_pairs(directory / "pairs_one").tolist(),
+        "pairs_two": train_pairs(directory / "pairs_two", strategy).tolist(),
         "same_object": make_strategy(settings) is strategy,
         "other_devices": _refusal(lambda: make_strategy(other)),
         "outside": _refusal(

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers.implementations import ByteLevelBPETokenizer
 
 from fusion.compat import keras, tf
 from fusion.config import parse
@@ -188,7 +189,7 @@ def test_a_tensor_of_another_shape_is_named(tiny):
         ("model.safetensors", b"\xff" * 100, "must be a safetensors file"),
         ("config.json", b"{}", "model_type: Field required"),
         ("config.json", json.dumps({**SHAPE, "num_attention_heads": 3}).encode(), "must divide hidden_size"),
-        ("config.json", json.dumps({**SHAPE, "model_type": "gpt2"}).encode(), "must describe a BERT model"),
+        ("config.json", json.dumps({**SHAPE, "model_type": "gpt2"}).encode(), "must describe a BERT or RoBERTa model"),
         ("tokenizer.json", b"{", "tokenizer in .* must be readable"),
     ],
 )
@@ -323,3 +324,52 @@ def test_tfidf_refuses_state_that_does_not_fit():
     state = submodel.state()
     with pytest.raises(DataError, match="over the same words"):
         tfidf().load_state({**state, "idf": state["idf"][:1]})
+
+
+def test_the_layout_of_roberta(tmp_path):
+    """D6m: the same numbers under RoBERTa's names, whose positions begin after that of padding."""
+    plain, other = tmp_path / "bert", tmp_path / "roberta"
+    plain.mkdir(), other.mkdir()
+    bert = TextBert(TextBert.Config(init_from=str(write_tiny_bert(plain, type_vocab_size=1)), max_tokens=16), 0)
+    changes = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 34, "type_vocab_size": 1}
+    write_tiny_bert(other, **changes)
+    tensors = load_file(plain / "model.safetensors")
+    places = tensors["embeddings.position_embeddings.weight"]
+    tensors["embeddings.position_embeddings.weight"] = np.concatenate([np.full((2, 8), 9, np.float32), places])
+    save_file({f"roberta.{name}": tensor for name, tensor in tensors.items()}, other / "model.safetensors")
+    roberta = TextBert(TextBert.Config(init_from=str(other), max_tokens=16), 0)
+    np.testing.assert_array_equal(
+        roberta.encode(roberta.prepare(["a red film", "war"])), bert.encode(bert.prepare(["a red film", "war"]))
+    )
+    with pytest.raises(DataError, match="max_tokens must be at most 32, the positions"):
+        TextBert(TextBert.Config(init_from=str(other), max_tokens=33), 0).encoder()
+
+
+def test_pairs_of_bytes_out_of_two_files(tmp_path):
+    """D6m: vocab.json and merges.txt, as RoBERTa has them; words are put together again for explanations."""
+    texts = ["the red sea", "a red film of the night", "reddish seas"] * 5
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    write_tiny_bert(tmp_path, model_type="roberta", pad_token_id=1, vocab_size=400)
+    (tmp_path / "tokenizer.json").unlink()
+    trained.save_model(str(tmp_path))
+    encoder = TextBert(TextBert.Config(init_from=str(tmp_path), max_tokens=16), 0)
+    ids = encoder.prepare(["the red sea"])["input_ids"][0]
+    expected = [0, *trained.encode("the red sea").ids, 2]
+    assert ids[: len(expected)].tolist() == expected and not ids[len(expected) :].any()
+    pieces = encoder.pieces("reddish night, indeed")
+    assert pieces[0] == "<s>" and pieces[-1] == "</s>"
+    joined = " ".join(pieces[1:-1]).replace(" ##", "")
+    assert joined == "reddish night, indeed"
+
+
+def test_causal_attention_sees_nothing_that_comes_later(tiny):
+    """D6m: with a causal mask the first token knows itself alone, whatever the text."""
+
+    def first_tokens(causal):
+        encoder = TextBert(TextBert.Config(init_from=str(tiny), max_tokens=16, pooling="cls", causal=causal), 0)
+        return encoder.encode(encoder.prepare(["a red film", "war and night"]))
+
+    alike, different = first_tokens(True), first_tokens(False)
+    np.testing.assert_allclose(alike[0], alike[1], atol=1e-6)
+    assert np.abs(different[0] - different[1]).max() > 1e-3

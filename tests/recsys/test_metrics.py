@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fusion.errors import ConfigError, DataError
 from recsys.metrics import Catalogue, RankedLists, multi_hot, parse_metric
+from recsys.metrics.classes import reliability
 from recsys.metrics.lists import blocks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ranking_metrics.json").read_text())
@@ -289,6 +290,8 @@ def test_class_metrics_equal_the_hand_worked_table() -> None:
         "auc": (0.5 + 1.0 + 1 / 6) / 3,
         # squared errors by row: .25+.0625+.0625, .25+.25, .25+.25, 1+1
         "rmse": math.sqrt((0.375 + 0.5 + 0.5 + 2.0) / 12),
+        # bin 8 of 15 holds three answers of .5, one right; bin 15 one of 1.0 that is wrong
+        "ece": 3 / 4 * abs(1 / 3 - 0.5) + 1 / 4 * 1.0,
     }
     for name, value in expected.items():
         metric = parse_metric(name, "classes")
@@ -307,6 +310,23 @@ def test_class_metrics_equal_scikit_learn() -> None:
     assert of("auc") == pytest.approx(sklearn.metrics.roc_auc_score(labels, probabilities, multi_class="ovr"))
 
 
+def test_calibration_error_is_that_of_a_slow_version() -> None:
+    """N2, H3: confidence against accuracy, bin by bin; the diagram's bins hold every answer once."""
+    random = np.random.default_rng(1)
+    labels, probabilities = random.integers(0, 4, 300), random.dirichlet(np.ones(4), 300)
+    gaps = [0.0] * 15
+    for label, row in zip(labels, probabilities, strict=True):
+        edge = next(number for number in range(1, 16) if row.max() < number / 15 or number == 15)
+        gaps[edge - 1] += float(row.argmax() == label) - row.max()
+    found = parse_metric("ece", "classes").of_classes(labels, probabilities)
+    assert found == pytest.approx(sum(map(abs, gaps)) / 300)
+    diagram = reliability(labels, probabilities)
+    assert diagram.share.sum() == pytest.approx(1.0) and np.all(np.diff(diagram.confidence) > 0)
+    assert diagram.share @ diagram.accuracy == pytest.approx(np.mean(probabilities.argmax(1) == labels))
+    drawn = np.array([random.choice(4, p=row) for row in probabilities])
+    assert parse_metric("ece", "classes").of_classes(drawn, probabilities) < 0.1 < found  # who is right by chance
+
+
 def test_class_metrics_at_the_edges() -> None:
     def of(name: str, labels: list, probabilities: object) -> np.ndarray | float:
         return parse_metric(name, "classes").of_classes(np.array(labels), np.array(probabilities))
@@ -314,6 +334,8 @@ def test_class_metrics_at_the_edges() -> None:
     assert len(of("accuracy", [], np.zeros((0, 2)))) == 0  # type: ignore[arg-type]
     assert math.isnan(of("auc", [1, 1], [[0.5, 0.5], [0.1, 0.9]]))  # type: ignore[arg-type]
     assert math.isnan(of("rmse", [], np.zeros((0, 2))))  # type: ignore[arg-type]
+    assert math.isnan(of("ece", [], np.zeros((0, 2))))  # type: ignore[arg-type]
+    assert of("ece", [0, 1, 0, 0], np.eye(2)[[0, 1, 0, 1]]) == 0.25  # type: ignore[arg-type]
     assert of("rmse", [3.0, 5.0], [4.0, 4.0]) == 1.0  # ratings
     refusals: list[tuple[list, list, str]] = [
         ([2], [[0.5, 0.5]], "lie in 0..1"),

@@ -373,7 +373,7 @@ class TestClassification:
         assert report["dataset"]["classes"] == 4 and report["segments"] == {} and report["variants"] == {}
         for place in (report, report["validation"]):
             for figures in (*place["members"].values(), *place["rules"].values()):
-                assert set(figures) == {"accuracy", "log_loss", "auc", "rmse"}
+                assert set(figures) == {"accuracy", "log_loss", "auc", "rmse", "ece"}
                 assert all(set(figure) == FIGURE for figure in figures.values())
         assert set(report["cost"]) == {"image", "text", "note", *RULES}
         assert all(set(cost) == COST for cost in report["cost"].values())

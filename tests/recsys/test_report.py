@@ -15,6 +15,7 @@ from PIL import Image
 
 from fusion.errors import MachineError
 from recsys import plots
+from recsys.metrics.classes import Reliability
 from recsys.report import Example, Mistake, Pictured, Recommended, ReportExtras, write_report
 from recsys.report_view import view_of
 from recsys.report_words import bytes_of, count_of, markdown, number, seconds_of, signed, verdict
@@ -242,6 +243,27 @@ def test_a_classification_page_shows_what_is_taken_for_what(tmp_path: Path) -> N
     assert "4 of 10" in shown and "90 % sure" in shown and "unseen candidates" not in shown
     assert (tmp_path / "plots" / "confusion.png").is_file()
     assert "examples" in (tmp_path / "model_card.md").read_text(encoding="utf-8")
+
+
+def test_a_reliability_diagram_is_drawn_and_told(tmp_path: Path) -> None:
+    """H3: calibration errors before and after stand in the page, the drawing beside it."""
+    bins = np.array([0.55, 0.95]), np.array([0.45, 0.9]), np.array([0.25, 0.75])
+    mended = Reliability(bins[0], bins[0] + 0.01, bins[2])
+    extras = ReportExtras(
+        metric="accuracy",
+        reliability={
+            "cnn <b>": {"raw": Reliability(*bins), "calibrated": mended},
+            "plain": {"raw": mended},
+            "average": {"fused": mended},
+        },
+    )
+    errors = {name: {kind: of.error for kind, of in kinds.items()} for name, kinds in extras.reliability.items()}
+    write_report(tmp_path, {"calibration": errors}, extras)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = re.findall(r"<th scope=\"row\" class=\"(\w+)\">.*\n?<td>(.*?)</td><td>(.*?)</td>", html)
+    nothing = "\N{EN DASH}"
+    assert shown == [("member", "0.0625", "0.0100"), ("member", "0.0100", nothing), ("rule", nothing, "0.0100")]
+    assert (tmp_path / "plots" / "reliability.png").is_file()
 
 
 def test_a_report_with_nothing_in_it_is_still_a_page(tmp_path: Path) -> None:

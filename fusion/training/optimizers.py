@@ -1,0 +1,181 @@
+"""Optimizers by name, and several side by side: each moves the variables of its own group.
+
+The loop that calls them is in `fusion.training.trainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from fusion.compat import keras, tf
+from fusion.config import Settings, content_hash
+from fusion.training.schedules import Schedule, ScheduleSettings
+
+
+class OptimizerSettings(Settings):
+    """How gradients change weights."""
+
+    optimizer: Literal["adam", "sgd", "adagrad"] = "adam"
+    """The rule by which gradients change weights."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Full learning rate, before the schedule."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum of sgd."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Share of each weight, times the learning rate, taken off per step (decoupled from the gradient)."""
+
+    @pydantic.model_validator(mode="after")
+    def _momentum_of_sgd(self) -> OptimizerSettings:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"the key momentum must go with optimizer sgd; received optimizer {self.optimizer}")
+        return self
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variables that are moved alike.
+
+    Attributes:
+        name: what histories call it.
+        variables: trainable variables of the model, at least one; none of them in another group.
+        settings: the optimizer of these variables alone.
+        multiplier: what its learning rate is multiplied by, as discriminative rates need it (Howard and Ruder 2018,
+            arXiv:1801.06146).
+    """
+
+    name: str
+    variables: Sequence[tf.Variable]
+    settings: OptimizerSettings
+    multiplier: float = 1.0
+
+
+class Optimizers(tf.Module):
+    """One optimizer a group; together they move every trainable variable of a model once a step.
+
+    Make it in the scope of the strategy. Everything that changes is tracked, so a checkpoint that holds this holds all.
+
+    Args:
+        groups: at least one.
+        variables: the trainable variables of the model, in the order in which `apply` gets them.
+        schedule: how the learning rate of every group moves.
+        steps: steps of the whole training.
+        steps_per_epoch: steps of an epoch.
+        clip_norm: largest norm of all gradients of all groups together.
+        loss_scaling: gradients are of `scaled` losses, as float16 needs it; where one is not finite, no group takes
+            the step, and the scale is halved.
+
+    Raises:
+        ValueError: a group is empty, names repeat, or a variable is in no group, in two, or in none of the model.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        variables: Sequence[tf.Variable],
+        schedule: ScheduleSettings,
+        steps: int,
+        steps_per_epoch: int,
+        clip_norm: float | None = None,
+        loss_scaling: bool = False,
+    ) -> None:
+        super().__init__(name="optimizers")
+        self._names = tuple(group.name for group in groups)
+        self._group_of = tuple(_group_of(groups, variables))
+        # Settings may be those of a whole training, of which only this much is about the optimizer.
+        keys = set(OptimizerSettings.model_fields)
+        self._identity = content_hash([[g.name, g.settings.model_dump(include=keys), g.multiplier] for g in groups])
+        # A gradient that is not finite makes all of them NaN when they are clipped together, so that every group skips
+        # the step; this bound touches no other, and is a power of 2, so that nothing is rounded.
+        self._clip_norm = 2.0**100 if loss_scaling and clip_norm is None else clip_norm
+        self._loss_scaling = loss_scaling
+        self._optimizers = []
+        for number, group in enumerate(groups):
+            rate = Schedule(group.settings.learning_rate * group.multiplier, schedule, steps, steps_per_epoch)
+            optimizer = _optimizer(group.settings, rate)
+            optimizer.build([v for v, of in zip(variables, self._group_of, strict=True) if of == number])
+            self._optimizers.append(keras.mixed_precision.LossScaleOptimizer(optimizer) if loss_scaling else optimizer)
+
+    def scaled(self, loss: tf.Tensor) -> tf.Tensor:
+        """The loss that gradients are to be taken of. The scales of all groups move together."""
+        if not self._loss_scaling:
+            return loss
+        losses = [optimizer.get_scaled_loss(loss) for optimizer in self._optimizers]
+        return losses[0]
+
+    def apply(self, gradients: Sequence[Any], variables: Sequence[tf.Variable]) -> None:
+        """Takes a step. Called in a replica: gradients are summed over replicas, clipped together, then used.
+
+        Args:
+            gradients: of the `scaled` loss by the variables, in their order; dense or IndexedSlices.
+            variables: those that the optimizers were made for.
+        """
+        if self._loss_scaling:
+            unscaled = [optimizer.get_unscaled_gradients(gradients) for optimizer in self._optimizers]
+            gradients = unscaled[0]
+        pairs = list(zip(gradients, variables, strict=True))
+        # Alone there is nothing to sum, and the sum is not harmless: tf_keras wraps it so that TensorFlow's graph
+        # optimizer loses the order of a variable's read and its update. Losses whose gradient does not depend on the
+        # forward pass then came out differently from run to run.
+        if tf.distribute.get_replica_context().num_replicas_in_sync > 1:
+            pairs = self._optimizers[0].aggregate_gradients(pairs)
+        if self._clip_norm is not None:
+            clipped, _ = tf.clip_by_global_norm([gradient for gradient, _ in pairs], self._clip_norm)
+            pairs = [(gradient, variable) for gradient, (_, variable) in zip(clipped, pairs, strict=True)]
+        number_of = {id(variable): of for variable, of in zip(variables, self._group_of, strict=True)}
+        for number, optimizer in enumerate(self._optimizers):
+            own = [(gradient, variable) for gradient, variable in pairs if number_of[id(variable)] == number]
+            optimizer.apply_gradients(own, skip_gradients_aggregation=True)
+
+    def learning_rates(self) -> dict[str, Any]:
+        """What the last step used, scalar tensors: `learning_rate` of the first group, and where there are several
+        `learning_rate/<group>` of each."""
+        rates = {"learning_rate": self._optimizers[0].learning_rate}
+        if len(self._names) > 1:
+            named = zip(self._names, self._optimizers, strict=True)
+            rates |= {f"learning_rate/{name}": optimizer.learning_rate for name, optimizer in named}
+        return rates
+
+    def identity(self) -> list[Any]:
+        """The groups' settings and the group of each variable, JSON-able: what a resumed run must agree on."""
+        return [self._identity, *self._group_of]
+
+
+def _group_of(groups: Sequence[Group], variables: Sequence[tf.Variable]) -> list[int]:
+    """The number of each variable's group; ValueError unless it has exactly one."""
+    if len({group.name for group in groups}) < len(groups):
+        raise ValueError(f"groups must have distinct names; received {', '.join(group.name for group in groups)}.")
+    known = {id(variable) for variable in variables}
+    found: dict[int, int] = {}
+    for number, group in enumerate(groups):
+        if not group.variables:
+            raise ValueError(f"the group '{group.name}' must have a variable; received none.")
+        for variable in group.variables:
+            if id(variable) not in known:
+                raise ValueError(
+                    f"the variables of the group '{group.name}' must be trainable ones of the model; "
+                    f"'{variable.name}' is not."
+                )
+            if id(variable) in found:
+                raise ValueError(
+                    f"a variable must be in one group; '{variable.name}' is in '{groups[found[id(variable)]].name}' "
+                    f"and in '{group.name}'."
+                )
+            found[id(variable)] = number
+    left = [variable.name for variable in variables if id(variable) not in found]
+    if left:
+        raise ValueError(f"every trainable variable must be in a group; '{left[0]}' is in none.")
+    return [found[id(variable)] for variable in variables]
+
+
+def _optimizer(settings: OptimizerSettings, rate: Schedule) -> keras.optimizers.Optimizer:
+    common = {"learning_rate": rate, "weight_decay": settings.weight_decay or None, "jit_compile": False}
+    if settings.optimizer == "sgd":
+        return keras.optimizers.SGD(momentum=settings.momentum, **common)
+    if settings.optimizer == "adagrad":
+        return keras.optimizers.Adagrad(**common)
+    return keras.optimizers.Adam(**common)
