@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from recsys import diversity, results, served
 from recsys.compare import save_values
 from recsys.controls import alarms, controls, out_of_fold
 from recsys.ensemble_study import joining_classes, mean_probabilities
+from recsys.explanations import explaining, reasons
 from recsys.growth import curve
 from recsys.metrics import parse_metric
 from recsys.metrics.classes import Reliability, reliability
@@ -264,7 +267,7 @@ class ClassificationEvaluation:
             learning_curves={n: f.history.epochs for n, f in task.fitted.items() if f.history and f.history.epochs},
             drop_one=self._drop_one(best_rule),
             rule_weights={n: r["weights"] for n, r in task.rule_reports.items() if "weights" in r},
-            mistakes=self._mistakes(predicted, labels, found),
+            mistakes=self._mistakes(predicted, labels, found, report["validation"]["members"]),
             reliability=self.reliability,
             confusion=confusion,
             classes=task.classes,
@@ -287,19 +290,35 @@ class ClassificationEvaluation:
             result[name] = {"value": float(np.mean(values)), **difference}
         return result
 
-    def _mistakes(self, predicted: np.ndarray, labels: np.ndarray, found: np.ndarray) -> list[Mistake]:
-        """The wrong answers that were given with the most confidence."""
+    def _mistakes(
+        self, predicted: np.ndarray, labels: np.ndarray, found: np.ndarray, validation: Mapping[str, Any]
+    ) -> list[Mistake]:
+        """The wrong answers that were given with the most confidence, and what the best members read into them."""
         wrong = np.flatnonzero(predicted != labels)
         surest = wrong[np.argsort(-found[wrong, predicted[wrong]], kind="stable")][:12]
         rows = self.task.rows(TEST)[surest]
         table, texts = self.task.table.iloc[rows], self.task.shown(rows)
         classes = self.task.classes
         mistakes = []
-        for text, row, (_, record) in zip(texts, surest, table.iterrows(), strict=True):
+        for text, row, number, (_, record) in zip(texts, surest, rows, table.iterrows(), strict=True):
             picture = record[IMAGE] if IMAGE in table else None
             answer = predicted[row]
-            mistakes.append(Mistake(text, record[LABEL], classes[answer], float(found[row, answer]), picture))
+            shown = Mistake(text, record[LABEL], classes[answer], float(found[row, answer]), picture)
+            mistakes.append(replace(shown, **self._reasons(number, answer, labels[row], validation)))
         return mistakes
+
+    def _reasons(self, row: int, answer: int, truth: int, validation: Mapping[str, Any]) -> dict[str, Any]:
+        """What the member that is best on validation reads into an example, for texts and for images."""
+        task, metric = self.task, self.primary
+        members = {name: fitted.member for name, fitted in task.fitted.items()}
+        sign = -1.0 if metric.higher_is_better else 1.0
+        order = sorted(members, key=lambda name: sign * validation[name][metric.name]["value"])
+        result = {}
+        for modality, key in (("text", "words"), ("image", "heat")):
+            name = explaining(members, order, modality)
+            if name and task.available(name)[row]:
+                result[key] = reasons(members[name], task.values(name, np.array([row]))[0], answer, truth)
+        return result
 
     def _warnings(self, report: dict[str, Any]) -> list[str]:
         found = [*alarms(report), *served.warnings(report)]

@@ -67,11 +67,6 @@ def check_joint(members: Mapping[str, Part], settings: JointTraining) -> None:
         )
 
 
-def joint_recipe(settings: JointTraining, history: History) -> JointTraining:
-    """The same for rows on which nothing may be validated: as many epochs as were best before."""
-    return settings.model_copy(update={"epochs": max(history.best_epoch, 0) + 1, "patience": 0, "target": None})
-
-
 def train_jointly(
     members: Mapping[str, TowerMember], settings: JointTraining, data: TrainingData, options: RunOptions
 ) -> tuple[History, dict[str, float]]:
@@ -161,6 +156,7 @@ class JointModel(keras.Model):
         self.silenced = keras.layers.Dropout(
             settings.member_dropout, rng_type="stateful", force_generator=True, seed=derive_seed(seed, "members")
         )
+        self.silenced.build(None)  # its random state has to be there before a checkpoint is read
 
     def groups(self, towers: Mapping[str, Towers]) -> list[Group]:
         """Each member's own optimizers, and one for the fusion."""

@@ -23,8 +23,8 @@ from recsys.controls import ROWS, FitRows, list_quality, shuffled_labels
 from recsys.core import MemberScores, RankingCore
 from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
-from recsys.fitting import Fitted, fit_group, fit_member, keep_copy
-from recsys.joint import joint_recipe, together, train_jointly
+from recsys.fitting import Fitted, fit_group, fit_member, keep_copy, without_validation
+from recsys.joint import together, train_jointly
 from recsys.leaks import leaks, tell
 from recsys.metrics import Catalogue, parse_metric
 from recsys.out_of_fold import Fold, FoldScores, make_folds, sampled_scores
@@ -149,7 +149,7 @@ class RankingTask(Stages):
         """Members trained in one graph; where nothing may be validated, for the epochs that were best in training."""
         recipe = self.experiment.training
         if data.validate is None:
-            recipe = joint_recipe(recipe, self.fitted[next(iter(group))].history or History())
+            recipe = without_validation(recipe, self.fitted[next(iter(group))].history or History())
         strategy, seed, quiet = make_strategy(self.experiment.strategy), self.experiment.seed, self.run.quiet
 
         def train(members: dict[str, Any], options: RunOptions) -> tuple[History, dict[str, Any]]:

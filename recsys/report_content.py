@@ -50,13 +50,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Mistake:
-    """An example that the ensemble classified wrongly, with the probability it gave to its answer."""
+    """An example that the ensemble classified wrongly, with the probability it gave to its answer.
+
+    Attributes:
+        words: of the best text member, words and what each adds to the answer's logit beyond that of the true class.
+        heat: the image, uint8 `[H, W, 3]`, aglow where the best image member found reasons for the answer.
+    """
 
     title: str
     label: str
     predicted: str
     probability: float
     image: Picture = None
+    words: Sequence[tuple[str, float]] = ()
+    heat: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

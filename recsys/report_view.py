@@ -267,8 +267,17 @@ def _place_contributions(items: Sequence[dict[str, Any]]) -> None:
 
 
 def _mistakes(mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
-    pictures = thumbnails([mistake.image for mistake in mistakes])
-    return [{"mistake": mistake, "picture": picture} for mistake, picture in zip(mistakes, pictures, strict=True)]
+    pictures, heats = (thumbnails([getattr(m, key) for m in mistakes]) for key in ("image", "heat"))
+    return [
+        {"mistake": mistake, "picture": picture, "heat": heat, "words": _strengths(mistake.words)}
+        for mistake, picture, heat in zip(mistakes, pictures, heats, strict=True)
+    ]
+
+
+def _strengths(words: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Words with how strongly each is marked, 0 to 100, and whether it speaks for the answer or against it."""
+    most = max((abs(share) for _, share in words), default=0.0)
+    return [{"word": w, "percent": round(100 * abs(s) / most) if most else 0, "speaks": s > 0} for w, s in words]
 
 
 def _confused(extras: ReportExtras, most: int = 10) -> list[dict[str, Any]]:

@@ -168,7 +168,7 @@ class Pretrained(Submodel):
         self._parts: tuple[keras.Model, keras.Model] | None = None
 
     @abc.abstractmethod
-    def _blocks(self) -> list[list[keras.layers.Layer]]:
+    def blocks(self) -> list[list[keras.layers.Layer]]:
         """The layers with weights of the built encoder, in blocks from the input to the output."""
 
     @property
@@ -208,7 +208,7 @@ class Pretrained(Submodel):
         A frozen BatchNormalization uses its moving statistics and leaves them as they are, in training too.
         Raises ConfigError when more blocks are asked for than the encoder has.
         """
-        encoder, blocks = self.encoder(), self._blocks()
+        encoder, blocks = self.encoder(), self.blocks()
         count = len(blocks) if self.config.fine_tune == "all" else int(self.config.fine_tune)
         if count > len(blocks):
             raise ConfigError(
@@ -227,7 +227,7 @@ def has_trunk(submodel: Submodel) -> TypeGuard[Pretrained]:
     """Whether some blocks of the encoder are trained and those before them are not."""
     if not isinstance(submodel, Pretrained) or not submodel.by_row or submodel.config.fine_tune in (0, "all"):
         return False
-    return bool(submodel.config.fine_tune < len(submodel._blocks()))
+    return bool(submodel.config.fine_tune < len(submodel.blocks()))
 
 
 def split(encoder: keras.Model, trained: set[int]) -> tuple[keras.Model, keras.Model]:

@@ -82,7 +82,7 @@ class ImageEfficientNet(Pretrained):
             _load_imagenet(encoder)
         return encoder
 
-    def _blocks(self) -> list[list[keras.layers.Layer]]:
+    def blocks(self) -> list[list[keras.layers.Layer]]:
         blocks: dict[str, list[keras.layers.Layer]] = {}
         for layer in self.encoder().layers:
             pretrained_norm = isinstance(layer, layers.BatchNormalization) and self.config.weights == "imagenet"

@@ -151,7 +151,7 @@ class TextBert(Pretrained):
     def _network(self, shape: BertShape, dropout: float, seed: int) -> keras.Model:
         return bert_encoder(shape, self.config, dropout, seed)
 
-    def _blocks(self) -> list[list[keras.layers.Layer]]:
+    def blocks(self) -> list[list[keras.layers.Layer]]:
         blocks: dict[str, list[keras.layers.Layer]] = {}
         for layer in self.encoder().layers:
             if layer.weights:

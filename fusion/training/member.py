@@ -157,6 +157,12 @@ class ClassifierMember:
             layer.set_weights(weights[:count])
             weights = weights[count:]
 
+    def classify(self, embedding: Any) -> Any:
+        """Logits `[B, C]` of embeddings `[B, D]`, in inference mode."""
+        for layer in self._head_layers():
+            embedding = layer(embedding)
+        return embedding
+
     def _head_layers(self) -> list[keras.layers.Layer]:
         """The layers that do not belong to the encoder."""
         encoder = {id(layer) for layer in self.submodel.encoder().layers}

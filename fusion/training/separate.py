@@ -6,7 +6,7 @@ runs once over the data. Fusing members is not done here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from fusion.compat import keras, tf
 from fusion.embeddings import embed, take
 from fusion.errors import DataError
 from fusion.progress import progress, reached
-from fusion.submodels.base import Submodel, has_trunk
+from fusion.submodels.base import Pretrained, Submodel, has_trunk
 from fusion.submodels.head import HeadSettings, classifier, head
 from fusion.training.batches import Rows, as_rows
+from fusion.training.optimizers import Group, OptimizerSettings
 from fusion.training.strategy import scope
 from fusion.training.trainer import LoopSettings, TrainingSettings, fit
 from fusion.types import Features, History, RunOptions, derive_seed
@@ -41,6 +42,11 @@ class ClassifierLoop(LoopSettings):
 
 class ClassifierTraining(ClassifierLoop, TrainingSettings):
     """How a classifier is fitted."""
+
+    encoder_rate: float = Field(default=1.0, gt=0, le=1)
+    """What the learning rate is multiplied by for the encoder: a pretrained one wants smaller steps than a new head."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """The same again for each block of a pretrained encoder below the last one (Howard and Ruder 2018)."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,26 @@ def train_classifier(
         fitted, whole = new_classifier(submodel, classes, head_settings, options.seed)
     fitting = prepared(train, "training", augmentation)
     held = prepared(validation, "validation") if validation is not None else None
-    history = _fit_logits(fitted, fitting, held, settings, options)
+    history = _fit_logits(fitted, fitting, held, settings, options, groups_of(submodel, fitted, settings))
     return TrainedClassifier(whole, history)
+
+
+def groups_of(submodel: Submodel, fitted: keras.Model, settings: ClassifierTraining) -> list[Group]:
+    """The head, and the trained blocks of the encoder, each with its own learning rate; none where all have one."""
+    if submodel.frozen or settings.encoder_rate == settings.layer_decay == 1:
+        return []
+    optimizer = OptimizerSettings(**settings.model_dump(include=set(OptimizerSettings.model_fields)))
+    blocks = submodel.blocks() if isinstance(submodel, Pretrained) else [submodel.encoder().layers]
+    own = [[v for layer in block for v in layer.trainable_variables] for block in blocks]
+    trained = [variables for variables in own if variables]
+    below = range(len(trained) - 1, -1, -1)
+    groups = [
+        Group(f"block{number}", variables, optimizer, settings.encoder_rate * settings.layer_decay**depth)
+        for number, (variables, depth) in enumerate(zip(trained, below, strict=True))
+    ]
+    known = {id(variable) for variables in trained for variable in variables}
+    head_variables = [variable for variable in fitted.trainable_variables if id(variable) not in known]
+    return [Group("head", head_variables, optimizer), *groups]
 
 
 def new_classifier(
@@ -181,6 +205,7 @@ def _fit_logits(
     validation: _Prepared | None,
     settings: ClassifierTraining,
     options: RunOptions,
+    groups: Sequence[Group],
 ) -> History:
     """Fits a model with the output `logits`."""
 
@@ -204,6 +229,7 @@ def _fit_logits(
         (lambda: validate(validation)) if validation is not None else None,
         settings.monitor,
         higher_is_better=settings.monitor == "accuracy",
+        groups=groups,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from fusion.compat import keras
 from fusion.config import Settings
 from fusion.errors import ConfigError, DataError
+from fusion.submodels import SUBMODELS
 from fusion.submodels.base import Pretrained, Submodel
 from fusion.submodels.head import HeadSettings
 from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
@@ -23,6 +24,7 @@ from fusion.training.separate import (
     train_classifier,
 )
 from fusion.types import Features, RunOptions
+from tiny_bert import write_tiny_bert
 
 CLASSES = 3
 
@@ -46,7 +48,7 @@ class Brightness(Pretrained):
         embedding = keras.layers.Dense(8, "tanh", kernel_initializer=initializer, name="embedding")(colour)
         return keras.Model(image, embedding)
 
-    def _blocks(self) -> list[list[keras.layers.Layer]]:
+    def blocks(self) -> list[list[keras.layers.Layer]]:
         return [[self.encoder().get_layer("embedding")]]
 
 
@@ -132,3 +134,31 @@ def test_no_row_is_scored_by_a_model_that_saw_it() -> None:
     )
     assert scores.dtype == np.float32
     assert np.array_equal(scores, np.stack([np.zeros(20), np.arange(20)], axis=1))
+
+
+def test_blocks_have_learning_rates_of_their_own(tmp_path: Path) -> None:
+    """E3: the first SGD step of a block is its multiplier times that of one rate for all; the head keeps its own."""
+    texts, labels = ["a red film", "the blue sea"] * 4, np.arange(8) % 2
+    folder = write_tiny_bert(tmp_path)
+
+    def steps(**rates: float) -> dict[str, np.ndarray]:
+        kind = SUBMODELS["text_bert"]
+        bert = kind(kind.Config(init_from=str(folder), max_tokens=8, fine_tune="all", dropout=0.0), 1)
+        before = {weight.name: weight.numpy() for weight in bert.encoder().weights}
+        settings = ClassifierTraining(epochs=1, batch_size=8, optimizer="sgd", learning_rate=0.1, **rates)
+        options = RunOptions(seed=1, directory=tmp_path / str(rates), quiet=True)
+        model = train_classifier(
+            bert, Examples(texts, labels), None, 2, HeadSettings(), settings, options, tmp_path
+        ).model
+        moved = {name.partition("/")[0]: model.get_layer(name.partition("/")[0]) for name in before if "kernel" in name}
+        kernels = {name: layer.get_weights()[0] for name, layer in moved.items()}
+        start = {name.partition("/")[0]: value for name, value in before.items() if "kernel" in name}
+        return {name: kernel - start[name] for name, kernel in kernels.items()} | {
+            "logits": model.get_layer("logits").get_weights()[0]
+        }
+
+    whole, slower = steps(), steps(encoder_rate=0.5, layer_decay=0.1)
+    for name, share in (("layer1_wide", 0.5), ("layer0_wide", 0.05)):
+        assert np.abs(whole[name]).max() > 1e-4
+        np.testing.assert_allclose(slower[name], share * whole[name], rtol=1e-3, atol=1e-7)
+    np.testing.assert_array_equal(slower["logits"], whole["logits"])
