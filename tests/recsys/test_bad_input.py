@@ -319,7 +319,7 @@ def test_a_catalogue_of_one_item(tmp_path: Path) -> None:
     empty = tf.constant([[""]])
     for kind in RULES:
         rule = RULES[kind](RULES[kind].Config(), list(members), "candidates")
-        core = RankingCore(MemberScores(members), rule)
+        core = RankingCore(MemberScores(members, data.counts), rule)
         served = ServedRecommender(core, np.array(["only"]), np.array(["u"]), nobody, nobody, 4)
         for history in ("", "only"):
             answer = served.recommend(tf.constant(["u"]), tf.constant([[history]]), tf.constant([4]), empty, empty)

@@ -237,7 +237,7 @@ class TestUnusedMembers:
         for weights, expected in (([1, 0, 0], ("a", "pop")), ([1, 1, 0], ("a", "b", "pop")), ([1, 0, 1], ("a", "pop"))):
             chosen = greedy_over(("a", "b", "pop"), weights)
             assert served.rule_to_serve({"g": chosen}, "g", "candidates", ["pop"]).members == expected
-        assert served.rule_to_serve({}, "pop", "candidates", ["pop"]).members == ("pop",)
+        assert served.rule_to_serve({"p": rule}, "pop", "candidates", ["pop"]).members == ("pop",)
 
 
 # ---- how members differ ---------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         "popularity": fitted({"kind": "popularity"}, data, folder),
         "ease": fitted({"kind": "ease", "l2": 5.0}, data, folder),
     }
-    core = RankingCore(MemberScores(members), RULES["average"](RULES["average"].Config(), list(members), "candidates"))
+    average = RULES["average"](RULES["average"].Config(), list(members), "candidates")
+    core = RankingCore(MemberScores(members, data.counts), average)
     item_ids, asked = where.data.item_ids.astype(object), where.asked(TEST)
     item_ids[where.warm[: len(STRANGE)]] = STRANGE
     module = ServedRecommender(core, item_ids, where.data.user_ids, asked.history, asked.seen, K_MAX)
