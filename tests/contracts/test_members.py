@@ -106,6 +106,15 @@ def case_id(settings: dict[str, Any]) -> str:
 
 
 every_kind = pytest.mark.parametrize("settings", cases(), ids=case_id)
+NETWORKS = {"mult_vae", "gru4rec", "sasrec", "two_tower", "dcn"}
+"""Members whose three fits take ten seconds, most of them to trace graphs."""
+every_kind_networks_slowly = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, marks=[pytest.mark.slow] if settings["kind"] in NETWORKS else [], id=case_id(settings))
+        for settings in cases()
+    ],
+)
 
 
 @functools.cache
@@ -249,7 +258,7 @@ def quickly(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **short}
 
 
-@every_kind
+@every_kind_networks_slowly
 def test_fitted_on_train_only(settings: dict[str, Any], tmp_path: Path) -> None:
     """B17: nothing that is fitted, vocabularies included, depends on test rows or on what only stands in them.
 
@@ -273,17 +282,7 @@ def test_fitted_on_train_only(settings: dict[str, Any], tmp_path: Path) -> None:
     assert_fitted_on_train_only(fit, where.data, where.parts)
 
 
-NETWORKS = {"mult_vae", "gru4rec", "sasrec", "two_tower", "dcn"}
-"""Members whose three fits take ten seconds, most of them to trace graphs."""
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param(settings, marks=[pytest.mark.slow] if settings["kind"] in NETWORKS else [], id=case_id(settings))
-        for settings in cases()
-    ],
-)
+@every_kind_networks_slowly
 def test_the_seed_decides(settings: dict[str, Any], tmp_path: Path) -> None:
     quick = quickly(settings)
     histories = pad(([1, 2, 3], [7]))
