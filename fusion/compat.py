@@ -74,4 +74,11 @@ def tfmot() -> ModuleType:
     return importlib.import_module("tensorflow_model_optimization")
 
 
-__all__ = ["keras", "tf", "tfmot", "tfrs"]
+def abort_exchanges(reason: str) -> None:
+    """Ends all collective operations of this process with a DeadlineExceededError; there can be none afterwards."""
+    # Not in TensorFlow's public interface: its own strategy calls the same when a process is lost.
+    context = importlib.import_module("tensorflow.python.eager.context").context()
+    context.abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, reason)
+
+
+__all__ = ["abort_exchanges", "keras", "tf", "tfmot", "tfrs"]

@@ -111,8 +111,9 @@ class CorrectedStacker(ShapleyRule, Stacker):
         """Sets the correction to zero."""
         raise NotImplementedError
 
-    def _grow(self, train: Lists, held: Lists, seed: int) -> int:
-        """Fits the correction on `train` and keeps the step that is best on `held`; how many steps that took."""
+    def _grow(self, train: Lists, held: Lists, seed: int) -> tuple[int, int]:
+        """Fits the correction on `train` and keeps the step that is best on `held`; its number, and that of the last
+        one that was tried."""
         raise NotImplementedError
 
     # ---- what they share
@@ -208,7 +209,7 @@ class CorrectedStacker(ShapleyRule, Stacker):
         first = max(1, round(self.config.held_out * len(given.counts)))
         held, train = given.take(np.arange(first)), dropped.take(np.arange(first, len(given.counts)))
         self._start()
-        steps = self._grow(train, held, seed) if len(train.counts) else 0
+        steps, tried = self._grow(train, held, seed) if len(train.counts) else (0, 0)
         before = given.losses(0.0)
         after = given.losses(self._correction(tf.constant(given.inputs)).numpy())
         gains = (before - after)[:first]
@@ -218,7 +219,7 @@ class CorrectedStacker(ShapleyRule, Stacker):
             steps, after = 0, before
         return {
             "loss_after": given.mean(after),
-            "correction": {"steps": steps, "held_out_gain": gain, "standard_error": error},
+            "correction": {"steps": steps, "tried": tried, "held_out_gain": gain, "standard_error": error},
         }
 
 

@@ -42,8 +42,6 @@ class StackerGBDT(CorrectedStacker):
 
     differentiable = False
 
-    differentiable = False
-
     class Config(CorrectedStacker.Config):
         """Settings of the trees."""
 
@@ -76,7 +74,7 @@ class StackerGBDT(CorrectedStacker):
         for name in ("count", "inputs", "thresholds", "leaves"):
             self._numbers[name].assign(tf.zeros_like(self._numbers[name]))
 
-    def _grow(self, train: Lists, held: Lists, seed: int) -> int:
+    def _grow(self, train: Lists, held: Lists, seed: int) -> tuple[int, int]:
         rows, others = _entries(train), _entries(held)
         edges = [quantiles(column) for column in rows.T]
         codes, other_codes = in_bins(rows, edges), in_bins(others, edges)
@@ -95,7 +93,7 @@ class StackerGBDT(CorrectedStacker):
             padded[:kept] = np.concatenate(parts)[:kept]
             self._numbers[name].assign(padded)
         self._numbers["count"].assign(kept)
-        return kept
+        return kept, TREES_A_ROUND * len(grown)
 
     def _boost(self, codes: np.ndarray, targets: np.ndarray, weights: np.ndarray, seed: int) -> Any:
         config = self.config

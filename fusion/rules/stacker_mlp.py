@@ -47,7 +47,7 @@ class StackerMLP(CorrectedStacker):
     def _start(self) -> None:
         self._numbers["output"].assign(np.zeros(self.config.hidden, np.float32))
 
-    def _grow(self, train: Lists, held: Lists, seed: int) -> int:
+    def _grow(self, train: Lists, held: Lists, seed: int) -> tuple[int, int]:
         scale = _spread(train.inputs)
 
         def of_rows(parameters: Any, inputs: Any, linear: Any, *rest: Any) -> Any:
@@ -77,7 +77,7 @@ class StackerMLP(CorrectedStacker):
         hidden, bias, output = self._weights_of(best)
         for name, value in (("hidden", hidden / scale[:, None]), ("hidden_bias", bias), ("output", output)):
             self._numbers[name].assign(np.asarray(value, np.float32))
-        return int(np.argmin(losses))
+        return int(np.argmin(losses)), len(losses) - 1
 
     def _draw(self, seed: int) -> np.ndarray:
         """Where the search starts: random hidden weights, drawn by the inputs' names, so that the order of members does

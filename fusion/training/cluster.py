@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fusion.compat import tf
+from fusion.compat import abort_exchanges, tf
 from fusion.errors import ConfigError, EngineError, MachineError
 
 TF_CONFIG = "TF_CONFIG"
@@ -32,6 +33,10 @@ _PROBE_SECONDS = 2.0
 """Between two looks of a server whether its coordinator is still there."""
 
 _GREETING_BYTES = 200
+
+ANSWER_SECONDS = 3600.0
+"""Longest wait for the others in one call. A process that has died is noticed by its heartbeat, in seconds; this is for
+one that lives and does nothing."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,26 @@ def is_spread(strategy: Any) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+@contextlib.contextmanager
+def answered(strategy: Any) -> Iterator[None]:
+    """Ends what the body exchanges with the other processes where they have not answered after `ANSWER_SECONDS`.
+
+    TensorFlow has a time limit of its own, which lets a thread sleep for each exchange until the limit has passed:
+    twenty for a step, so that after some hundred steps a process could start no more of them.
+    """
+    if not is_spread(strategy):
+        yield
+        return
+    said = f"no answer from the other processes within {ANSWER_SECONDS:g} s"
+    limit = threading.Timer(ANSWER_SECONDS, abort_exchanges, [said])
+    limit.daemon = True
+    limit.start()
+    try:
+        yield
+    finally:
+        limit.cancel()
+
+
 def exchange(strategy: Any, what: str, values: Sequence[int]) -> np.ndarray:
     """What every process says, int64 `[processes, n]` in order of rank; without a cluster its own values alone.
 
@@ -224,7 +249,8 @@ def exchange(strategy: Any, what: str, values: Sequence[int]) -> np.ndarray:
     def gather() -> tf.Tensor:
         return tf.distribute.get_replica_context().all_gather(tf.constant(own[None]), axis=0)
 
-    said = strategy.experimental_local_results(strategy.run(gather))[0].numpy()
+    with answered(strategy):
+        said = strategy.experimental_local_results(strategy.run(gather))[0].numpy()
     said = said[:: len(strategy.extended.worker_devices)]  # each process speaks once, not each of its devices
     for rank, topic in enumerate(said[:, 0]):
         if topic != said[0, 0]:

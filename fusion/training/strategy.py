@@ -163,11 +163,6 @@ _mirrored_strategy: dict[tuple[str, ...], tf.distribute.MirroredStrategy] = {}
 _made: dict[Kind, tf.distribute.Strategy] = {}
 """Strategies over processes, of which a process can join one only."""
 
-_EXCHANGE_SECONDS = 3600
-"""Longest wait for the others in one exchange. A process that has died is noticed by its heartbeat, in seconds; this is
-for one that lives and does nothing."""
-
-
 @contextlib.contextmanager
 def scope(options: RunOptions, precision: Precision = "float32") -> Iterator[None]:
     """The scope in which the models of a run are built: its strategy owns their variables, and layers that are built
@@ -221,8 +216,7 @@ def served(settings: StrategySettings, topic: str) -> bool:
 def _multi_worker(settings: StrategySettings, topic: str) -> tf.distribute.Strategy:
     place = place_in(settings)
     meet(place, topic, settings.start_seconds)
-    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=_EXCHANGE_SECONDS)
-    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def _parameter_server(settings: StrategySettings, topic: str) -> tf.distribute.Strategy:

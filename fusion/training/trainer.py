@@ -23,7 +23,7 @@ from fusion.progress import Bar, progress
 from fusion.training.asynchronous import Scheduler, is_asynchronous
 from fusion.training.batches import BatchPlan, Block, Feed, Rows, RowShapes, as_rows, common_shape, epoch_order
 from fusion.training.checkpoints import Checkpoints, TrainingState, frozen_digest
-from fusion.training.cluster import chiefs, is_spread
+from fusion.training.cluster import answered, chiefs, is_spread
 from fusion.training.optimizers import Group, Optimizers, OptimizerSettings
 from fusion.training.precision import Precision
 from fusion.training.schedules import ScheduleSettings
@@ -364,7 +364,8 @@ class _Run:
     def _timed_call(self, block: Block) -> np.ndarray:
         """Runs a block and adapts how many steps the next ones hold; the result does not depend on it."""
         began = time.monotonic()
-        losses = self._program(block)(block.inputs, block.weights).numpy()
+        with answered(self._strategy):
+            losses = self._program(block)(block.inputs, block.weights).numpy()
         if is_spread(self._strategy):
             return losses
         seconds = time.monotonic() - began

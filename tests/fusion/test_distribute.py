@@ -22,6 +22,7 @@ import pytest
 from fusion.compat import keras, tf
 from fusion.config import parse
 from fusion.errors import ConfigError, EngineError, MachineError
+from fusion.training import cluster as cluster_module
 from fusion.training import trainer
 from fusion.training.cluster import (
     TF_CONFIG,
@@ -242,6 +243,16 @@ def test_workers_that_do_other_things_are_refused(two_workers: dict[str, Any]) -
     assert "all processes must do the same work" in two_workers["refusal"]
 
 
+def test_who_lives_and_says_nothing_is_not_waited_for_for_ever(two_workers: dict[str, Any]) -> None:
+    """I2: a time limit with a named cause, instead of a hang."""
+    assert "no answer from the other processes within 0.5 s" in two_workers["silence"]
+
+
+def test_exchanges_leave_no_threads_behind(two_workers: dict[str, Any]) -> None:
+    """I2: with TensorFlow's own time limit it would be one for each exchange, asleep for an hour."""
+    assert two_workers["new_threads"] < 100
+
+
 @pytest.mark.slow
 def test_killed_workers_resume_and_end_the_same(tmp_path: Path) -> None:
     """I2: one of two workers is killed with -9; both are started again, and end where the uninterrupted run ends."""
@@ -372,13 +383,24 @@ def agree(directory: Path) -> None:
     own = own_folder(settings, directory)
     weights, losses = train(own / "sgd", strategy)
     result |= {"weights": weights.tolist(), "losses": losses}
+    before = len(os.listdir("/proc/self/task")) if sys.platform.startswith("linux") else 0
     result["pairs"] = train_pairs(own / "pairs", strategy).tolist()
+    for _ in range(200):
+        exchange(strategy, "numbers", [1])
+    result["new_threads"] = len(os.listdir("/proc/self/task")) - before if before else 0
     try:
         exchange(strategy, f"the work of {rank}", [])
     except EngineError as error:
         result["refusal"] = str(error)
-    if leads(settings):
-        (directory / "result.json").write_text(json.dumps(result))
+    if not leads(settings):
+        return until((directory / "result.json").exists, lambda: None)
+    cluster_module.ANSWER_SECONDS = 0.5
+    try:
+        with lost_processes():
+            exchange(strategy, "a question to one who does something else", [])
+    except MachineError as error:
+        result["silence"] = str(error)
+    (directory / "result.json").write_text(json.dumps(result))
 
 
 def resume(directory: Path) -> None:
