@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from fusion.errors import ConfigError, DataError
 from fusion.files import load_arrays, save_arrays
@@ -168,7 +169,7 @@ def read_side(folder: Path, label: str = "") -> Side:
         cost = {key: value for key, value in variant.items() if key != "figures"}
         systems[name] = System("variant", 0, variant.get("figures", {}), cost)
     label = label or f"{report['name']}/{folder.resolve().name}"
-    run = {"label": label, "folder": str(folder), **_spent(folder)}
+    run = {"label": label, "folder": str(folder), "mode": _mode(folder), **_spent(folder)}
     return Side(label, [report], [run], systems, *(load_values(folder) or (None, None)))
 
 
@@ -180,6 +181,15 @@ def _spent(folder: Path) -> dict[str, Any]:
         return {"seconds": None, "peak_bytes": None}
     seconds = round(sum(stage["seconds"] for stage in stages), 1)
     return {"seconds": seconds, "peak_bytes": max((stage["peak_bytes"] for stage in stages), default=None)}
+
+
+def _mode(folder: Path) -> str:
+    """How the members of a run were trained, joint or separate; empty where its settings are not told."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        return str(settings["training"]["mode"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return ""
 
 
 def pool(sides: Sequence[Side], label: str) -> Side:
@@ -326,6 +336,38 @@ def compare(
     }
 
 
+def across(sides: Sequence[Side], samples: int = 1000) -> list[dict[str, Any]]:
+    """A row for each side, whatever its data: what its rules reached beside its best member, each by its own metric.
+
+    Returns for each side `side`, `data`, `mode` (joint or separate), `metric`, `member` and `rule` (the names that
+    validation chose, in most of the side's runs), `members`, `rules` and `references` (figures by name), and `gain`:
+    the paired difference of rule and member on the test part, None where a run has kept no values.
+    """
+    rows = []
+    for side in sides:
+        metric = side.primary
+        figures = _figures(side, [metric], samples)
+        of_kind = {
+            kind: {name: figures[name].get(metric) for name, system in side.systems.items() if system.kind == kind}
+            for kind in ("member", "rule", "reference")
+        }
+        member, rule = (max(of_kind[kind], key=lambda name: side.systems[name].chosen) for kind in ("member", "rule"))
+        ours, theirs = side.of(rule, metric), side.of(member, metric)
+        rows.append(
+            {
+                "side": side.label,
+                "data": str(side.reports[0]["dataset"].get("name", "")),
+                "mode": str(side.runs[0].get("mode", "")),
+                "metric": metric,
+                "member": member,
+                "rule": rule,
+                **{f"{kind}s": named for kind, named in of_kind.items()},
+                "gain": None if ours is None or theirs is None else _difference(ours, theirs, samples),
+            }
+        )
+    return rows
+
+
 def _columns(sides: Sequence[Side], metrics: Sequence[str]) -> list[str]:
     primary, task = sides[0].primary, str(sides[0].reports[0]["task"])
     known = list(dict.fromkeys(m for side in sides for system in side.systems.values() for m in system.figures))
@@ -437,6 +479,7 @@ def _notes(sides: Iterable[Side]) -> Iterable[str]:
 __all__ = [
     "Side",
     "System",
+    "across",
     "compare",
     "load_values",
     "mean_intervals",

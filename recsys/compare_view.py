@@ -40,6 +40,24 @@ def text_of(comparison: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *(f"note: {note}" for note in comparison["notes"])])
 
 
+def text_across(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of `recsys.compare.across` for a terminal: a line for each side, a column for each rule."""
+    rules = list(dict.fromkeys(name for row in rows for name in [*row["rules"], *row["references"]]))
+    lines = []
+    for row in rows:
+        found = {**row["rules"], **row["references"]}
+        cells = [_figure(found.get(name)) + (" *" if name == row["rule"] else "") for name in rules]
+        best = f"{row['member']} {_figure(row['members'][row['member']])}"
+        lines.append([row["mode"], row["metric"], best, *cells, _gap(row["gain"], row["metric"])])
+    head = ["members are trained", "metric", "best member", *rules, "* minus best member"]
+    table = {"head": head, "names": [row["side"] for row in rows], "rows": lines, "bold": [False] * len(rows)}
+    note = (
+        f"[95 % bootstrap interval over users]; {BETTER} {WORSE} the interval of the paired difference excludes zero; "
+        "* chosen on validation, as the best member was; all figures are of the test part"
+    )
+    return f"{_boxed(table)}\n{note}"
+
+
 def tables_of(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tables that there are something for: title, note, head and rows of text, `bold` rows."""
     shown = [_figures_table(comparison)]

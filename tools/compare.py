@@ -16,6 +16,7 @@ EXAMPLES = """  python tools/compare.py runs/quickstart/latest
   python tools/compare.py runs/lichess/20260301-101500 runs/lichess/latest --against ease --plot pareto.png
   python tools/compare.py configs/quickstart.yaml --seeds 5 --set members.text=null
   python tools/compare.py configs/ml100k.yaml --set data.path=$DATA_DIR/ml100k --over data.fold.test=1,2,3,4,5
+  python tools/compare.py --across runs/*/latest        # a line for each run, whatever its data: did fusing pay?
 """
 
 
@@ -25,6 +26,7 @@ def main() -> int:
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--metrics", metavar="NAME,...", default="", help="columns, the deciding one first")
     shown.add_argument("--against", metavar="SYSTEM", default="", help="whom the others are held against (first side)")
+    shown.add_argument("--across", action="store_true", help="a line for each side, which may have other data")
     shown.add_argument("--unpaired", action="store_true", help="no differences, so that splits may differ")
     shown.add_argument("--samples", type=cli.positive, default=1000, help="bootstrap samples (default: 1000)")
     shown.add_argument("--plot", type=Path, metavar="FILE", help="quality against latency, .png or .svg")
@@ -42,12 +44,14 @@ def main() -> int:
     args = parser.parse_args()
 
     from fusion.errors import ConfigError
-    from recsys.compare import compare, read_side
-    from recsys.compare_view import chart_format, text_of, write_page, write_plot
+    from recsys.compare import across, compare, read_side
+    from recsys.compare_view import chart_format, text_across, text_of, write_page, write_plot
 
     configs = [path for path in args.what if path.suffix in (".yaml", ".yml")]
     if not configs and (args.seeds > 1 or args.over or args.set):
         raise ConfigError("--seeds, --over and --set are for a config that is trained; received folders of runs only.")
+    if args.across and (args.metrics or args.against or args.plot or args.html):
+        raise ConfigError("--across shows each side by its own metric: leave out --metrics, --against, --plot, --html.")
     if args.plot:
         chart_format(args.plot)  # before anything is trained
     sides = []
@@ -59,6 +63,10 @@ def main() -> int:
             sides.append(run_variations(path, args.set, **options, fresh=args.fresh, quiet=args.quiet))
         else:
             sides.append(read_side(path))
+    if args.across:
+        rows = across(sides, args.samples)
+        print(json.dumps(rows) if args.json else text_across(rows))
+        return 0
     metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
     found = compare(sides, metrics, against=args.against, unpaired=args.unpaired, samples=args.samples)
     if args.plot:

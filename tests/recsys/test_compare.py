@@ -14,6 +14,7 @@ from command_line import refusal, run_tool
 from fusion.errors import ConfigError
 from recsys.compare import (
     PER_USER,
+    across,
     compare,
     load_values,
     mean_intervals,
@@ -22,7 +23,7 @@ from recsys.compare import (
     read_side,
     save_values,
 )
-from recsys.compare_view import figure_of, text_of, write_page
+from recsys.compare_view import figure_of, text_across, text_of, write_page
 from recsys.metrics import parse_metric
 from recsys.ranking_report import RankingEvaluation
 from recsys.significance import paired_difference
@@ -180,6 +181,25 @@ def test_a_classification_is_compared_as_well(tmp_path: Path) -> None:
     assert rows_of(found)["toy/b", "m"]["difference"]["difference"] == pytest.approx(-0.3)
     shown = text_of(found).split("Quality and cost")[0]
     assert shown.count("▲") == 2 and shown.count("▼") == 3  # one better and two worse ones, and the note below
+
+
+def test_runs_over_other_data_have_a_line_each(tmp_path: Path) -> None:
+    """G1, H9: joint beside separate, each by its own metric, and what fusing gained over the member chosen."""
+    make_run(tmp_path / "a", {"m": [0.1, 0.5], "average": [0.2, 0.6]}, users=[1, 2], name="Films")
+    make_run(tmp_path / "b", {"x": [0.3, 0.4, 0.8], "average": [0.3, 0.4, 0.2]}, users=[1, 2, 3], split="other")
+    (tmp_path / "b" / "config.yaml").write_text("training: {mode: joint}")
+    report = json.loads((tmp_path / "b" / "report.json").read_text().replace("ndcg@10", "accuracy"))
+    report["references"] = {"sklearn_voting": {"figures": {"accuracy": {"value": 0.75, "low": 0.7, "high": 0.8}}}}
+    (tmp_path / "b" / "report.json").write_text(json.dumps(report))
+    right = {"x": [0, 1, 1], "average": [0, 0, 1]}
+    save_values(tmp_path / "b", np.arange(3), {name: {"accuracy": np.array(v)} for name, v in right.items()})
+    films, other = across([read_side(tmp_path / "a"), read_side(tmp_path / "b")], 100)
+    assert (films["data"], films["mode"], films["metric"], films["member"]) == ("Films", "", "ndcg@10", "m")
+    assert films["gain"]["difference"] == pytest.approx(0.1) and films["gain"]["low"] > 0
+    assert (other["mode"], other["metric"], other["rule"]) == ("joint", "accuracy", "average")
+    assert other["gain"]["difference"] == pytest.approx(-1 / 3)
+    shown = text_across([films, other])
+    assert "m 0.3000 [0.0000, 1.0000]" in shown and "0.7500 [0.7000, 0.8000]" in shown and "joint" in shown
 
 
 # ---- cost -------------------------------------------------------------------------------------------------------
@@ -357,6 +377,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path: Path) -> Non
         ([config, "--plot", "chart.gif"], "--plot must name a .png or .svg file"),
         ([tmp_path, "--seeds", "3"], "are for a config that is trained"),
         ([tmp_path / "no_run"], "has no report.json"),
+        ([tmp_path / "no_run", "--across", "--metrics", "auc"], "leave out --metrics"),
     ):
         assert words in refusal(run_tool("compare", *arguments, *runs), 2), arguments
     assert not (tmp_path / "runs").exists()
