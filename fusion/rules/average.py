@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 from pydantic import Field
 
-from fusion.compat import keras
+from fusion.compat import keras, tf
 from fusion.rules.base import MemberWeights, Rule, RuleSettings, given_weights
 from fusion.rules.normalisation import Normalisation, exponential, over_candidates, ranks, speaking
 from fusion.types import Context, Over
@@ -47,6 +48,15 @@ class Average(Rule):
         """Geometric mean over candidates: what z-scores are divided by before the softmax."""
         top_n: int = Field(1000, ge=1)
         """Rank mean over candidates: how many of a member's best items get points."""
+        doubt: float = Field(0.0, ge=0, allow_inf_nan=False)
+        """Arithmetic mean over candidates: so many more members of mean weight are imagined, to whom every item is like
+        any other. The word of one member alone then lifts an item less than the same word of many."""
+
+        @pydantic.model_validator(mode="after")
+        def _doubt_has_a_scale(self) -> Average.Config:
+            if self.doubt and self.mean != "arithmetic":
+                raise ValueError(f"the key doubt must go with mean arithmetic; received mean {self.mean}")
+            return self
 
     config: Config
 
@@ -82,4 +92,11 @@ class Average(Rule):
 
     def weigh(self, features: Any, mask: Any = None, context: Context | None = None) -> tuple[Any, Any]:
         """The mean's terms and bias."""
-        return self._weighted_mean(features, mask, self._weights)
+        terms, bias = self._weighted_mean(features, mask, self._weights)
+        if self.config.doubt and self.over == "candidates":
+            heard = tf.where(speaking(features, mask), self._weights[:, np.newaxis], 0.0)
+            spoken = tf.reduce_sum(heard, axis=1, keepdims=True)
+            # A z-score of 0 is what an item like any other has, so those imagined add to the divisor alone.
+            imagined = self.config.doubt * self._weights[self._weights > 0].mean()
+            terms *= spoken / (spoken + imagined)
+        return terms, bias

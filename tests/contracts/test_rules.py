@@ -26,6 +26,7 @@ VARIANTS: dict[str, list[tuple[Over, dict[str, Any]]]] = {
     "average": [
         *[(over, {"mean": mean}) for over in ("classes", "candidates") for mean in ("geometric", "rank")],
         ("candidates", {"mean": "rank", "top_n": 4}),
+        ("candidates", {"doubt": 1.0}),
         *[("classes", {"calibration": method}) for method in ("none", "platt", "isotonic")],
     ],
     "vote": [("candidates", {"method": "borda", "top_n": 4}), ("classes", {"calibration": "platt"})],

@@ -186,6 +186,17 @@ def test_a_silent_item_is_judged_by_the_others() -> None:
     np.testing.assert_allclose(fused, [(-1 + Z) / 2, 0.5, -Z], atol=1e-5)
 
 
+def test_with_doubt_a_lone_voice_counts_less() -> None:
+    """H8: beside one imagined member to whom items are alike, two voices are divided by three and one by two."""
+    doubting = make("average", "candidates", ("a", "b"), doubt=1)
+    fused = doubting(ranked([1, 2, np.nan], DOWN)).numpy()[0]
+    np.testing.assert_allclose(fused, [(-1 + Z) / 3, 1 / 3, -Z / 2], atol=1e-5)
+    leaves_out = make("average", "candidates", ("a", "b", "c"), doubt=1, weights={"a": 1, "b": 1, "c": 0})
+    np.testing.assert_allclose(leaves_out(ranked([1, 2, np.nan], DOWN, DOWN)).numpy()[0], fused, atol=1e-6)
+    with pytest.raises(ValueError, match="doubt must go with mean arithmetic"):
+        RULES["average"].Config(mean="rank", doubt=1)
+
+
 def test_z_scores_do_not_depend_on_scale_or_shift() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(2, 2, 500)).astype(np.float32)
