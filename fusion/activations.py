@@ -16,7 +16,7 @@ import numpy as np
 from fusion.compat import tf
 from fusion.embeddings import distinct, take, values_hash, working_order
 from fusion.errors import DataError, EngineError
-from fusion.files import atomic_folder, load_arrays, save_arrays, sha256_of
+from fusion.files import atomic_folder, load_arrays, lock_making, save_arrays, sha256_of
 from fusion.images import Progress
 from fusion.progress import note, progress, reached
 from fusion.submodels.base import Pretrained, check_texts, padded_length, trace
@@ -91,11 +91,13 @@ def activations(
         raise DataError("fine-tuning needs at least one text or image; received none.")
     folder = Path(cache_dir) / f"trunk-{values_hash(f'{VERSION}:{submodel.trunk_fingerprint()}', values)}"
     if not _whole(folder):
-        with (
-            atomic_folder(folder) as aside,
-            progress(f"frozen part of {name}", len(values), "values", quiet=quiet) as bar,
-        ):
-            _write(aside, submodel, values, reached(bar, len(values)))
+        with lock_making(folder):
+            if not _whole(folder):  # another process may have made it while we waited
+                with (
+                    atomic_folder(folder) as aside,
+                    progress(f"frozen part of {name}", len(values), "values", quiet=quiet) as bar,
+                ):
+                    _write(aside, submodel, values, reached(bar, len(values)))
     kept = Activations(folder)
     note(f"{name}: activations of {len(kept)} values take {kept.bytes / 1e6:.1f} MB in {folder}", quiet=quiet)
     return kept

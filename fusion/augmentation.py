@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
+from scipy.special import ndtri
 
 from fusion.compat import tf
 from fusion.config import Settings
 from fusion.errors import ConfigError
+
+QUANTILES = ndtri((np.arange(1 << 16) + 0.5) / (1 << 16))
+"""Of the normal distribution, equally likely: to draw one of them is four times as fast as to draw a normal number,
+and what they leave out lies beyond 4.3 deviations."""
 
 
 class ImageAugmentation(Settings):
@@ -39,8 +44,10 @@ class ImageAugmentation(Settings):
         if self.flip_horizontal or self.flip_vertical or self.rotation or self.zoom or self.crop:
             result = _resampled(images, self.matrices(len(images), images.shape[1:3], random))
         if self.noise:
-            noisy = result + random.normal(0.0, self.noise, images.shape)
-            result = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+            drawn = random.integers(0, len(QUANTILES), images.shape, np.uint16)
+            noisy = np.rint(self.noise * QUANTILES).astype(np.int16)[drawn]
+            noisy += result
+            result = np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
         return result
 
     def matrices(self, count: int, size: tuple[int, int], random: np.random.Generator) -> np.ndarray:

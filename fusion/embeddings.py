@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fusion.errors import MachineError
+from fusion.files import lock_making
 from fusion.images import Progress
 from fusion.submodels.base import Submodel, check_texts
 
@@ -43,17 +44,20 @@ def embed(
     """
     if submodel.modality == "text":
         values = check_texts(values)
-    path = None
-    if cache_dir is not None:
-        path = Path(cache_dir) / f"embeddings-{values_hash(f'{VERSION}:{submodel.fingerprint()}', values)}.npy"
-        cached = _read(path, (len(values), submodel.dimensions))
-        if cached is not None:
-            if progress is not None:
-                progress(len(values), len(values))
-            return cached
-    embeddings = _embed(submodel, values, batch_size, progress)
-    if path is not None:
-        _write(path, embeddings)
+    if cache_dir is None:
+        return _embed(submodel, values, batch_size, progress)
+    path = Path(cache_dir) / f"embeddings-{values_hash(f'{VERSION}:{submodel.fingerprint()}', values)}.npy"
+    shape = len(values), submodel.dimensions
+    embeddings = _read(path, shape)
+    if embeddings is None:
+        with lock_making(path):
+            embeddings = _read(path, shape)  # another process may have made them while we waited
+            if embeddings is None:
+                embeddings = _embed(submodel, values, batch_size, progress)
+                _write(path, embeddings)
+                return embeddings
+    if progress is not None:
+        progress(len(values), len(values))
     return embeddings
 
 
@@ -83,6 +87,11 @@ def working_order(values: Sequence[Any]) -> np.ndarray:
 def take(values: Sequence[Any], rows: np.ndarray) -> Sequence[Any]:
     """The values of some rows."""
     return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+
+
+def concatenate(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """The values of several parts, one after the other."""
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [value for part in parts for value in part]
 
 
 def _run(

@@ -16,6 +16,8 @@ from fusion.submodels.base import Submodel, split
 
 STEPS = 64
 """Points on the path of integrated gradients."""
+AT_ONCE = 8
+"""Points whose gradients are taken together: what a language model keeps for them grows with their number."""
 
 _BEFORE_VECTORS = (keras.layers.InputLayer, keras.layers.Embedding)
 _NO_WORDS = ("[CLS]", "[SEP]", "<s>", "</s>")
@@ -73,12 +75,15 @@ def _after_vectors(submodel: Submodel, text: str, length: int) -> tuple[np.ndarr
 
 def _mean_slope(end: np.ndarray, function: Output, steps: int) -> np.ndarray:
     """The mean gradient of `function` on the straight way from 0 to `end`, in the shape of `end`."""
-    along = (tf.range(steps, dtype=tf.float32) + 0.5) / steps
-    points = tf.tensordot(along, tf.constant(end), axes=0)
-    with tf.GradientTape() as tape:
-        tape.watch(points)
-        value = tf.reduce_sum(function(points))
-    return np.asarray(tf.reduce_mean(tape.gradient(value, points), axis=0).numpy())
+    along = (np.arange(steps, dtype=np.float32) + 0.5) / steps
+    total = np.zeros_like(end)
+    for start in range(0, steps, AT_ONCE):
+        points = tf.constant(np.multiply.outer(along[start : start + AT_ONCE], end))
+        with tf.GradientTape() as tape:
+            tape.watch(points)
+            value = tf.reduce_sum(function(points))
+        total += tape.gradient(value, points).numpy().sum(axis=0)
+    return total / steps
 
 
 def _joined(pieces: Sequence[str], shares: np.ndarray) -> list[tuple[str, float]]:
@@ -107,7 +112,7 @@ def region_shares(submodel: Submodel, image: np.ndarray, output: Output) -> np.n
     position = max(number for number, layer in enumerate(layers) if len(layer.output.shape) == 4)
     trunk, top = split(submodel.encoder(), {id(layer) for layer in layers[position + 1 :]})
     features = trunk(submodel.prepare([image]), training=False)
-    (name,) = features
+    name = layers[position].name  # an embedding of several layers reads what was averaged before, too
     with tf.GradientTape() as tape:
         tape.watch(features)
         value = tf.reduce_sum(output(top(features, training=False)))

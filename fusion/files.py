@@ -200,6 +200,25 @@ def lock_folder(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def lock_making(path: str | Path) -> Iterator[None]:
+    """Held while `path`, which other processes may want too, is made: they wait, and should then look whether it is
+    there. The lock is a file beside it, freed by the system if we die. Raises MachineError when the machine refuses.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.lock")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(beside, thread_local=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        # Who waits for this file and who comes for a new one may then go on at once: both find what has been made.
+        beside.unlink(missing_ok=True)
+        lock.release()
+
+
 def _owner_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 MISSING = "no image"
-VERSION = 1
+VERSION = 2
 """Raised when the pixels that come out change, so that older caches are not used."""
 
 Progress = Callable[[int, int], None]
@@ -54,32 +55,41 @@ def load_images(
     64 million pixels are refused before they are decoded.
 
     With `cache_dir`, the result is kept under the hash of `size` and of each path, its time and its length (or of
-    the array), and comes back as a read-only memory map. Raises MachineError when the cache cannot be written.
+    the array), and comes back as a read-only memory map. An image that lies in the cache at this size is not decoded
+    again, whatever others stood beside it: it is copied. Raises MachineError when the cache cannot be written.
     """
     values = list(values)
     white = _white([value for value in values if isinstance(value, np.ndarray)])
     if cache_dir is None or not values:
         images = np.zeros((len(values), size, size, 3), np.uint8)
-        return images, *_fill(images, values, white, progress)
-    folder = Path(cache_dir) / f"images-{_key(values, size)}"
-    shape = (len(values), size, size, 3)
-    cached = _read_folder(folder, shape)
+        return images, *_fill(images, values, white, [None] * len(values), progress)
+    keys = [_key(value, white) for value in values]
+    folder = Path(cache_dir) / f"images-{size}-{_digest(f'{VERSION}:{size}:{keys}')}"
+    cached = _Cached.read(folder, keys, size)
     if cached is None:
-        _write_folder(folder, values, shape, white, progress)
-        cached = _read_folder(folder, shape)
+        _write_folder(folder, values, keys, size, white, progress)
+        cached = _Cached.read(folder, keys, size)
     if cached is None:
         raise MachineError(f"the cache folder {folder.parent} must give back what was written; {folder} is unreadable.")
-    images, reasons = cached
-    return images, np.array([not reason for reason in reasons], bool), reasons
+    return cached.images, np.array([not reason for reason in cached.reasons], bool), cached.reasons
 
 
 def _fill(
-    images: np.ndarray, values: Sequence[Any], white: float, progress: Progress | None
+    images: np.ndarray,
+    values: Sequence[Any],
+    white: float,
+    known: Sequence[np.ndarray | None],
+    progress: Progress | None,
 ) -> tuple[np.ndarray, list[str]]:
-    """Decodes into the rows of `images` by threads; Pillow releases the interpreter lock while it decodes."""
+    """Copies what is `known` into the rows of `images`, and decodes the rest by threads; Pillow releases the
+    interpreter lock while it decodes."""
     size = images.shape[1]
 
     def fill(row: int) -> str:
+        pixels = known[row]
+        if pixels is not None:
+            images[row] = pixels
+            return ""
         try:
             images[row] = _read(values[row], size, white)
         except _Refused as refusal:
@@ -169,15 +179,17 @@ def _rgb(image: Image.Image) -> Image.Image:
 # ---- cache ---------------------------------------------------------------------------------------------------
 
 
-def _key(values: Sequence[Any], size: int) -> str:
-    digest = hashlib.sha256(f"{VERSION}:{size}:{len(values)}".encode())
-    for value in values:
-        if isinstance(value, np.ndarray):
-            digest.update(f"array:{value.dtype.str}:{value.shape}:".encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
-        else:
-            digest.update(f"path:{_file_identity(value)}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _key(value: Any, white: float) -> str:
+    """What the pixels of a value depend on, but for their number: half a SHA-256 (hex)."""
+    if not isinstance(value, np.ndarray):
+        return _digest(f"path:{_file_identity(value)}")[:32]
+    digest = hashlib.sha256(f"array:{value.dtype.str}:{value.shape}:{white}:".encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _file_identity(value: Any) -> str:
@@ -190,18 +202,29 @@ def _file_identity(value: Any) -> str:
     return f"{os.path.abspath(value)!r} {status.st_mtime_ns} {status.st_size}"
 
 
-def _read_folder(folder: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, list[str]] | None:
-    """What `_write_folder` left, or None when it is not there or not whole."""
-    try:
-        reasons = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
-        return None
-    return (images, reasons) if images.shape == shape and len(reasons) == len(images) else None
+@dataclass(frozen=True)
+class _Cached:
+    """What `_write_folder` left for N values: their pixels uint8 `[N, size, size, 3]`, reasons and keys."""
+
+    images: np.ndarray
+    reasons: list[str]
+    keys: list[str]
+
+    @classmethod
+    def read(cls, folder: Path, keys: list[str] | None, size: int) -> _Cached | None:
+        """None when the folder is not there, not whole, or not that of `keys`, where they are given."""
+        try:
+            status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+            images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+            cached = cls(images, status["reasons"], status["keys"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        whole = images.shape == (len(cached.keys), size, size, 3) and len(cached.reasons) == len(images)
+        return cached if whole and keys in (None, cached.keys) else None
 
 
 def _write_folder(
-    folder: Path, values: Sequence[Any], shape: tuple[int, ...], white: float, progress: Progress | None
+    folder: Path, values: Sequence[Any], keys: list[str], size: int, white: float, progress: Progress | None
 ) -> None:
     """Writes `images.npy` and `status.json` beside `folder` and renames, so that a folder is there whole or not."""
     try:
@@ -210,25 +233,37 @@ def _write_folder(
     except OSError as error:
         raise _cannot_write(folder, error) from error
     try:
-        images = _reserve(aside / "images.npy", shape)
-        _, reasons = _fill(images, values, white, progress)
+        images = _reserve(aside / "images.npy", (len(keys), size, size, 3))
+        _, reasons = _fill(images, values, white, _known(folder.parent, keys, size), progress)
         images.flush()
-        (aside / "status.json").write_text(json.dumps(reasons), encoding="utf-8")
-        _publish(aside, folder, shape)
+        (aside / "status.json").write_text(json.dumps({"reasons": reasons, "keys": keys}), encoding="utf-8")
+        _publish(aside, folder, keys, size)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _publish(aside: Path, folder: Path, shape: tuple[int, ...]) -> None:
+def _known(cache_dir: Path, keys: Sequence[str], size: int) -> list[np.ndarray | None]:
+    """The pixels that other folders of the cache hold for some keys: cleaning drops rows, and data sets grow."""
+    found: dict[str, np.ndarray] = {}
+    wanted = set(keys)
+    for folder in cache_dir.glob(f"images-{size}-*"):
+        cached = _Cached.read(folder, None, size)
+        if cached is not None:
+            decoded = enumerate(zip(cached.keys, cached.reasons, strict=True))
+            found |= {key: cached.images[row] for row, (key, reason) in decoded if key in wanted and not reason}
+    return [found.get(key) for key in keys]
+
+
+def _publish(aside: Path, folder: Path, keys: list[str], size: int) -> None:
     """Renames, unless another process was faster with the same content; a damaged folder gives way."""
-    if _read_folder(folder, shape) is None:
+    if _Cached.read(folder, keys, size) is None:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             aside.rename(folder)
         except OSError:
-            if _read_folder(folder, shape) is None:  # not a race that the other side won
+            if _Cached.read(folder, keys, size) is None:  # not a race that the other side won
                 raise
 
 

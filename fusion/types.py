@@ -32,22 +32,58 @@ class RunOptions:
         directory: where checkpoints and TensorBoard files of this member go; made when missing.
         strategy: a `tf.distribute.Strategy`; None means the default one.
         quiet: no progress on stderr.
+        drive: takes the training loop (`fusion.training.trainer.Loop`) when it is ready, in place of its being run;
+            for measurements.
+        copy: number of this run among several that start from the same weights; each has an order of rows of its own,
+            and with it other draws for them.
     """
 
     seed: int
     directory: Path
     strategy: Any = None
     quiet: bool = False
+    drive: Callable[[Any], History] | None = None
+    copy: int = 0
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of rows and how they are varied; `seed` itself is that of the weights that training begins
+        with, which copies share."""
+        return derive_seed(self.seed, "copy", self.copy) if self.copy else self.seed
 
 
 @dataclass
 class History:
-    """What training did: one row of metrics per epoch, the best epoch, and why it stopped."""
+    """What training did: one row of metrics per epoch, the best epoch, why it stopped, and how fast it went.
+
+    Attributes:
+        monitor: the validation metric that decided on the best epoch; empty where nothing was validated.
+        higher_is_better: which way it is good.
+        seconds: of all epochs, their validation among them.
+        samples: rows that steps were taken on, but for calls in which a graph was made.
+        step_seconds: what these took from batch to batch.
+        wait_seconds: how much of that was spent waiting for a batch.
+    """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = -1
     stopped: str = "all epochs done"
+    monitor: str = ""
+    higher_is_better: bool = True
     seconds: float = 0.0
+    # Two runs with the same result are equal, however fast they were.
+    samples: int = field(default=0, compare=False)
+    step_seconds: float = field(default=0.0, compare=False)
+    wait_seconds: float = field(default=0.0, compare=False)
+
+    def pace(self) -> dict[str, float]:
+        """`samples_per_s` of training, and `input_wait`, the share of its time without a batch; {} without steps."""
+        if not self.step_seconds:
+            return {}
+        return {
+            "samples_per_s": self.samples / self.step_seconds,
+            "input_wait": self.wait_seconds / self.step_seconds,
+        }
 
 
 Validate = Callable[[], Mapping[str, float]]

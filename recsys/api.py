@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from fusion.compat import tf
 from fusion.config import read_config
@@ -45,11 +46,15 @@ from fusion.errors import ConfigError, DataError
 from fusion.export.manifest import publish, verify_manifest
 from fusion.export.savedmodel import load as load_savedmodel
 from recsys.examples import Examples
-from recsys.export import artifact_of
+from recsys.export import artifact_of, served
 from recsys.pipeline import rerun, run_experiment
+from recsys.ranking_task import RankingTask
+from recsys.reasons import Explainer
+from recsys.report_content import Reasons
 from recsys.run import Run
 from recsys.schema import ITEM_ID, USER_ID
 from recsys.settings import parse_experiment
+from recsys.vocabulary import UNKNOWN, Vocabulary
 
 
 class Recommender:
@@ -64,6 +69,7 @@ class Recommender:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._loaded: Any = None
+        self._explainer: tuple[Explainer, sparse.csr_matrix] | None = None
 
     @classmethod
     def fit(
@@ -164,6 +170,43 @@ class Recommender:
         found = self._call(f"search_{name}", k, 1, **{n: tf.constant(array) for n, array in inputs.items()})
         return self._table(found).drop(columns="row")
 
+    def explain(self, item_id: str, user_id: str | None = None, history: Sequence[str] | None = None) -> Reasons:
+        """Why `recommend` gives an item the score that it gives it, for a known user or for who has taken `history`.
+
+        Returns each member's share, the liked items that speak most for it, the words of its text and the regions of
+        its picture (`recsys.report_content.Reasons`; `plain()` makes JSON of it).
+
+        This asks the members and not the artifact, which has no gradients. Where `export.refit` fitted them on every
+        row they are in the run's cache; what is gone from it is fitted again. Raises DataError for an unknown user or
+        item, and for an item about which no member says anything to this user.
+        """
+        if (user_id is None) == (history is None):
+            raise DataError("give either a user_id or a history; received both or neither.")
+        explainer, histories = self._explaining()
+        number = int(Vocabulary(explainer.data.item_ids).numbers([item_id])[0])
+        if number == UNKNOWN:
+            raise DataError(f"the item '{item_id}' is not in the catalogue; nothing can be said about it.")
+        if history is not None:
+            distinct = list(dict.fromkeys(reversed(history)))[::-1]  # an item counts where it stands last
+            given = Vocabulary(explainer.data.item_ids).numbers(distinct)
+            taken = given[given != UNKNOWN]
+        else:
+            user = int(Vocabulary(explainer.data.user_ids).numbers([str(user_id)])[0])
+            if user == UNKNOWN:
+                raise DataError(f"the user '{user_id}' is not known; give items that they liked as a history.")
+            taken = histories[user].indices
+        (reasons,) = explainer(taken, np.array([number], np.int32))
+        if not np.isfinite(reasons.score):
+            raise DataError(f"no member says anything about the item '{item_id}' to this user: it has no score.")
+        return reasons
+
+    def _explaining(self) -> tuple[Explainer, sparse.csr_matrix]:
+        """What explains the exported members and rule, and the liked items of all users `[U, I]`."""
+        if self._explainer is None:
+            task = RankingTask(self.run)
+            self._explainer = Explainer(*task.exported(served(task)), task.interactions), task.known()[0]
+        return self._explainer
+
     def _table(self, found: dict[str, np.ndarray]) -> pd.DataFrame:
         """One row for each returned item."""
         rows, places = np.nonzero(found["item_ids"] != b"")
@@ -192,7 +235,7 @@ class Recommender:
     def export(self, models: str | Path | None = None) -> Path:
         """Writes a new version of the artifact, and publishes it below `models` where that is given."""
         rerun(self.run, ["export"])
-        self._loaded = None
+        self._loaded = self._explainer = None
         artifact = artifact_of(self.run.folder)
         return publish(artifact, models, self.run.experiment.name) if models else artifact
 

@@ -15,12 +15,13 @@ from fusion.compat import tf
 from fusion.files import load_arrays, write_atomically
 from fusion.rules.base import Rule
 from fusion.types import derive_seed
-from recsys import diversity, results, served
+from recsys import diversity, results, served, soups
 from recsys.compare import save_values
 from recsys.controls import alarms, controls, out_of_fold
-from recsys.ensemble_study import joining_classes, mean_probabilities
+from recsys.ensemble_study import joining_classes
 from recsys.explanations import explaining, reasons
 from recsys.growth import curve
+from recsys.learning import learning_of
 from recsys.metrics import parse_metric
 from recsys.metrics.classes import Reliability, reliability
 from recsys.report import write_report
@@ -106,7 +107,10 @@ class ClassificationEvaluation:
             "segments": {},
             "significance": results.significance(values["test"], best_rule, best_member, self.samples, self.seed),
             "references": self._references(best_rule) if self.experiment.evaluation.sklearn else {},
-            "serving": served.serving(chosen, task.rule_to_serve(chosen), difference, cost, members),
+            "serving": {
+                **served.serving(chosen, task.rule_to_serve(chosen), difference, cost, members),
+                "figures": self._served_figures(chosen),
+            },
             "cost": cost,
             "calibration": {
                 name: {kind: found.error for kind, found in by_kind.items()}
@@ -115,8 +119,10 @@ class ClassificationEvaluation:
             "diversity": study["diversity"],
             "controls": study["controls"],
             "curve": curve(study["order"], study["joined"], self.primary, cost, self.samples, self.seed),
+            "learning": learning_of(task.fitted),
             "variants": {},
             **({"joint": joint} if (joint := task.joint()) else {}),
+            **({"soups": averaged} if (averaged := task.soups) else {}),
         }
 
     def _references(self, best_rule: str) -> dict[str, Any]:
@@ -145,12 +151,24 @@ class ClassificationEvaluation:
         }
 
     def _alone(self, labels: np.ndarray) -> dict[str, np.ndarray | float]:
-        """The deciding metric of each member as it would be served alone: uniform where it has nothing to read."""
-        heard = self._heard()
-        return {
-            name: self.primary.of_classes(labels, mean_probabilities(self.probabilities, heard, [name]))
-            for name in self.experiment.members
-        }
+        """The deciding metric of each member as it would be served alone.
+
+        Where rules are fitted on validation, so is its calibration, which favours the member and never the rule.
+        """
+        return {name: self.primary.of_classes(labels, self._served(name)) for name in self.experiment.members}
+
+    def _served(self, name: str) -> np.ndarray:
+        """Probabilities `[N, C]` of a rule or a member as it is served: calibrated, over the members that it needs."""
+        rule = self.task.rule_to_serve(name)
+        places = [list(self.experiment.members).index(member) for member in rule.members]
+        logits, mask = tf.constant(self.logits[:, places]), tf.constant(self.mask[:, places])
+        return rule.probabilities(rule(logits, mask, self.context)).numpy()
+
+    def _served_figures(self, name: str) -> dict[str, Any]:
+        """Every metric of what is served, over all examples of the part at hand."""
+        found = {"served": self._served(name)}
+        values = self._values(found, self.mask, self.task.labels[self.task.rows(TEST)])
+        return results.figures(values, self.samples, self.seed, len(self.logits))["served"]
 
     def _heard(self) -> dict[str, np.ndarray]:
         return dict(zip(self.experiment.members, self.mask.T, strict=True))
@@ -238,10 +256,12 @@ class ClassificationEvaluation:
                 "parameters": member.parameters,
                 "bytes": int(sum(weight.nbytes for weight in member.model.get_weights())),
                 "train_s": round(fitted.seconds, 3),
+                **results.pace_of(fitted.history),
                 "flops": results.count_flops(function),
                 **results.latency(functools.partial(function, **inputs)),
             }
-        total = {key: sum(member[key] for member in cost.values()) for key in next(iter(cost.values()))}
+        keys = ("parameters", "bytes", "train_s", "flops", "p50_ms", "p95_ms")
+        total = {key: sum(member[key] for member in cost.values()) for key in keys}
         for name, rule in task.rules.items():
             context = {name: values[:1] for name, values in self.context.items()}
             one = tf.constant(self.logits[:1]), tf.constant(self.mask[:1]), context
@@ -267,6 +287,7 @@ class ClassificationEvaluation:
             learning_curves={n: f.history.epochs for n, f in task.fitted.items() if f.history and f.history.epochs},
             drop_one=self._drop_one(best_rule),
             rule_weights={n: r["weights"] for n, r in task.rule_reports.items() if "weights" in r},
+            rule_histories={n: r["history"] for n, r in task.rule_reports.items() if "history" in r},
             mistakes=self._mistakes(predicted, labels, found, report["validation"]["members"]),
             reliability=self.reliability,
             confusion=confusion,
@@ -321,7 +342,8 @@ class ClassificationEvaluation:
         return result
 
     def _warnings(self, report: dict[str, Any]) -> list[str]:
-        found = [*alarms(report), *served.warnings(report)]
+        found = [*alarms(report), *served.warnings(report), *soups.warnings(report)]
+        found += self.task.warm_starts(self.task.manifest.sha256)
         if self.task.cross_fitted:
             found.append(
                 "Learned rules were fitted on the validation rows (out_of_fold.folds: 1), on which members chose their "

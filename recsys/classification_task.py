@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -22,21 +21,23 @@ from fusion.submodels import SUBMODELS
 from fusion.training.joint import JointData, JointRows, joint_rule, share_encoders, together, train_jointly
 from fusion.training.member import ClassifierMember, LabelledData
 from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
-from fusion.training.separate import Examples
-from fusion.training.strategy import make_strategy
+from fusion.training.separate import Examples, classification_metrics
+from fusion.training.strategy import make_strategy, scope
 from fusion.types import History, RunOptions, derive_seed
 from recsys.cells import read_cells
 from recsys.cleaning import clean_examples
 from recsys.collaborative.content import join_columns
-from recsys.controls import FitRows, shuffled_labels
+from recsys.controls import shuffled_labels
 from recsys.decoding import decoder_of
-from recsys.fitting import Fitted, fit_group, fit_member, keep_copy, without_validation
+from recsys.fitting import Fitted, fit_group, keep_copy, without_validation
 from recsys.held_out import HeldOut
 from recsys.report_words import listed
 from recsys.schema import IMAGE, LABEL, SPLIT, TEST, TRAIN, VALIDATION
+from recsys.soups import Judge
 from recsys.splits import SplitManifest, split_examples
 from recsys.stages import Stages
 from recsys.storage import arrays_hash, load_table, save_table, table_hash
+from recsys.workers import TRAINING, Portion
 
 CELLS_SHOWN = 8
 """Of a row of a table, to people."""
@@ -101,6 +102,7 @@ class ClassificationTask(Stages):
 
     def train(self) -> None:
         """Fits every member on the training part and leaves it in `submodels/<name>/`."""
+        self._fit_ahead([TRAINING], self.experiment.members)
         for name, fitted in self._fit_all("members", self.rows(TRAIN), self.rows(VALIDATION)).items():
             keep_copy(fitted.folder, self.run.path("submodels", name))
 
@@ -120,8 +122,8 @@ class ClassificationTask(Stages):
                 bar.advance(len(group.keys() & asked))
             for name in asked:
                 if name not in fitted:
-                    part = self.experiment.members[name] if validation is not None else self.fitted[name].recipe
-                    fitted[name] = self._fit(name, part, self._labelled(name, train, validation))
+                    part = self.experiment.members[name] if validation is not None else self.recipes[name]
+                    fitted[name] = self.fit(name, part, self._labelled(name, train, validation))
                     bar.advance(1)
         return {name: fitted[name] for name in asked}
 
@@ -147,7 +149,8 @@ class ClassificationTask(Stages):
 
         def fit(members: dict[str, Any], options: RunOptions) -> tuple[History, dict[str, Any]]:
             share_encoders(members)
-            rule = self._new_rule(self.trained_through).restricted(group)
+            with scope(options):
+                rule = self._new_rule(self.trained_through).restricted(group)
             return train_jointly(members, rule, data, settings, options, seeds)
 
         strategy = make_strategy(experiment.strategy)
@@ -156,7 +159,13 @@ class ClassificationTask(Stages):
     @property
     def trained_through(self) -> str:
         """Name of the rule that joint training goes through."""
-        return joint_rule(self.experiment.training, self.experiment.rules, list(self.experiment.members))
+        experiment = self.experiment
+        return joint_rule(experiment.training, experiment.rules, list(experiment.members), self.joined)
+
+    @property
+    def joined(self) -> list[str]:
+        """As `Stages.joined`."""
+        return list(together(self.experiment.members, self.experiment.training))
 
     def _joint_rows(self, group: Mapping[str, Part], rows: np.ndarray, read: Collection[str]) -> JointRows:
         """The rows as the members of a group read them; those that none of them can read teach nothing."""
@@ -166,9 +175,29 @@ class ClassificationTask(Stages):
         context = {name: numbers for name, numbers in self.context(rows).items() if name in read}
         return JointRows(values, mask, self.labels[rows], context)
 
-    def _fit(self, name: str, part: Part, data: LabelledData) -> Fitted:
-        strategy = make_strategy(self.experiment.strategy)
-        return fit_member(name, part, data, self.experiment.seed, strategy=strategy, quiet=self.run.quiet)
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """As `Stages.size`."""
+        return 0, 0, len(self.rows(TRAIN)), len(self.table)
+
+    def portion_data(self, portion: Portion, name: str) -> LabelledData:
+        """As `Stages.portion_data`."""
+        if portion.what == "train":
+            return self._labelled(name, self.rows(TRAIN), self.rows(VALIDATION))
+        if portion.what == "fold":
+            return self._labelled(name, self.rows(TRAIN)[self._fold_of() != portion.numbers[0]], None)
+        return self._labelled(name, np.flatnonzero(np.isin(self.manifest.parts, portion.numbers)), None)
+
+    def judge(self, name: str, data: Any) -> Judge | None:
+        """As `Stages.judge`: by the metric that chooses the member's best epoch."""
+        metric, held = self.experiment.members[name].config.training.monitor, data.validation
+        if held is None:
+            return None
+        return Judge(
+            metric,
+            metric == "accuracy",
+            lambda member: classification_metrics(member.logits(held.values), held.labels)[metric],
+        )
 
     def _labelled(self, name: str, train: np.ndarray, validation: np.ndarray | None) -> LabelledData:
         """The rows as the member reads them. Training rows without its text or image teach it nothing."""
@@ -252,10 +281,9 @@ class ClassificationTask(Stages):
             save_arrays(self.run.path("out_of_fold", "logits.npz"), {"logits": logits, "mask": mask})
             held = HeldOut(logits, mask, self.labels[rows], self.context(rows), self.experiment.seed)
             reports = {name: held.fit(rules[name]) for name in learned}
-            fit_rows = FitRows(logits, mask, held.labels, None, held.context)
             for name in (name for name in learned if type(rules[name]).learned):
                 new_rule = functools.partial(self._new_rule, name)
-                reports[name]["shuffled_labels"] = shuffled_labels(new_rule, fit_rows, self.experiment.seed)
+                reports[name]["shuffled_labels"] = shuffled_labels(new_rule, held.known, self.experiment.seed)
             if not refitted:
                 found = {name: held.cross_fitted(functools.partial(self._new_rule, name)) for name in learned}
                 save_arrays(self.run.path("out_of_fold", "cross_fitted.npz"), found)
@@ -282,8 +310,8 @@ class ClassificationTask(Stages):
 
     def _out_of_fold_logits(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits `[N, S, C]` of the training rows by members that did not see them, and who could read, `[N, S]`."""
-        train, seed = self.rows(TRAIN), derive_seed(self.experiment.seed, "folds")
-        fold_of = out_of_fold(len(train), self.experiment.out_of_fold.folds, seed, self.labels[train])
+        train, fold_of = self.rows(TRAIN), self._fold_of()
+        self._fit_ahead([Portion("fold", (int(fold),)) for fold in np.unique(fold_of)], self.recipes)
 
         def score(fold: int, rows: np.ndarray, held: np.ndarray) -> np.ndarray:
             fitted = self._fit_all(f"members without fold {fold + 1}", train[rows], None)
@@ -293,6 +321,11 @@ class ClassificationTask(Stages):
         logits = joined.reshape(len(train), len(self.experiment.members), len(self.classes))
         mask = np.stack([self.available(name)[train] for name in self.experiment.members], axis=1)
         return logits, mask
+
+    def _fold_of(self) -> np.ndarray:
+        """The fold of each training row, int32 `[n]`."""
+        labels, seed = self.labels[self.rows(TRAIN)], derive_seed(self.experiment.seed, "folds")
+        return out_of_fold(len(labels), self.experiment.out_of_fold.folds, seed, labels)
 
     def _logits(self, member: ClassifierMember, name: str, rows: np.ndarray) -> np.ndarray:
         """Logits `[n, C]`; zero where the member has nothing to read (the mask says so)."""
@@ -337,26 +370,11 @@ class ClassificationTask(Stages):
         members = {member: self.fitted[member].member for member in rule.members}
         if self.experiment.export.refit == "all":
             everything = np.arange(len(self.table))
+            needed = {name: self.recipes[name] for name in rule.members}
+            self._fit_ahead([Portion("parts", (TRAIN, VALIDATION, TEST))], needed)
             fitted = self._fit_all("members on every row", everything, None, rule.members)
             members = {name: fitted[name].member for name in rule.members}
         return Ensemble(members, rule)
-
-    def joint(self) -> dict[str, Any]:
-        """What joint training did: rule, members, parameters, epochs, and by epoch the cosines that
-        `fusion.training.joint.train_jointly` measures; empty where each member was trained by itself."""
-        group = list(together(self.experiment.members, self.experiment.training))
-        if not group:
-            return {}
-        facts = json.loads(self.run.path("submodels", group[0], "member.json").read_text(encoding="utf-8"))
-        epochs = facts["history"]["epochs"]
-        measured = [name for name in epochs[0] if name.startswith("conflict/")]
-        return {
-            **facts["joint"],
-            "members": group,
-            "epochs": len(epochs),
-            "best_epoch": facts["history"]["best_epoch"] + 1,
-            "conflict": {name.removeprefix("conflict/"): [row[name] for row in epochs] for name in measured},
-        }
 
     def part_counts(self) -> dict[str, int]:
         """Rows by name of part."""

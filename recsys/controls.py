@@ -19,7 +19,7 @@ Neither finds a label that stands in the data themselves, in a text or a column:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from fusion.compat import tf
 from fusion.rules.base import Rule
 from fusion.rules.greedy import sampled_ndcg
 from fusion.types import derive_seed
+from recsys.fit_rows import FitRows
 
 ROWS = 1000
 """Rows or lists that a control looks at; of more a random part."""
@@ -41,30 +42,6 @@ MARGIN = 0.1
 """How much better, in accuracy or in AUC, a member must be out of fold than on validation."""
 PLACES = 20
 """Lists are judged by the NDCG of so many places."""
-
-
-@dataclass(frozen=True)
-class FitRows:
-    """What a rule is fitted on, as the arguments of `Rule.fit`; `labels` int `[N]`, or bool `[N, K]`."""
-
-    features: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray | None
-    context: Mapping[str, np.ndarray]
-
-    def at(self, rows: np.ndarray) -> FitRows:
-        """Some of the rows."""
-        weights = None if self.weights is None else self.weights[rows]
-        context = {name: values[rows] for name, values in self.context.items()}
-        return FitRows(self.features[rows], self.mask[rows], self.labels[rows], weights, context)
-
-    @property
-    def open(self) -> np.ndarray:
-        """Lists: bool `[N, K]`, the entries that are no padding and that a member speaks on."""
-        speaks = self.mask & np.isfinite(self.features[:, : self.mask.shape[1]])
-        counted: np.ndarray = speaks.any(axis=1) & (np.asarray(self.weights) > 0)
-        return counted
 
 
 # ---- shuffled labels ---------------------------------------------------------------------------------------------
@@ -89,7 +66,7 @@ def shuffled_labels(new_rule: Callable[[], Rule], rows: FitRows, seed: int) -> d
     whole = replace(whole, labels=_shuffled(whole, random))
     fitted, judged = whole.at(np.arange(0, len(chosen), 2)), whole.at(np.arange(1, len(chosen), 2))
     rule = new_rule()
-    rule.fit(fitted.features, fitted.mask, fitted.labels, fitted.weights, fitted.context, seed=seed)
+    fitted.fit(rule, seed)
     judge = _judge(rule, judged)
     value, chance = judge(judged.labels), np.array([judge(_shuffled(judged, random)) for _ in range(SHUFFLES)])
     z = (value - chance.mean()) / max(float(chance.std()), 1e-12)
@@ -120,8 +97,7 @@ def _judge(rule: Rule, rows: FitRows) -> Callable[[np.ndarray], float]:
         answered = rule(*given).numpy().argmax(axis=1)
         return lambda labels: float((answered == labels).mean())
     fused = np.where(rows.open, rule.fuse(*given).numpy(), -np.inf)
-    weights = np.asarray(rows.weights)
-    return lambda labels: float(sampled_ndcg(fused, labels, weights, PLACES).mean())
+    return lambda labels: float(sampled_ndcg(fused, labels, rows.weights, PLACES).mean())
 
 
 # ---- out of fold ---------------------------------------------------------------------------------------------------

@@ -3,18 +3,67 @@
 `bert: {copies: 5, ...}` stands for bert_1 to bert_5. A member's seed is derived from its name, so each copy has its
 own, and its own place in the cache: raising 5 to 7 fits two more. Averaging such copies is the deep ensemble of
 Lakshminarayanan et al. 2017, https://arxiv.org/abs/1612.01474.
+
+With `aggregate` they stay one member: `bert: {copies: 5, aggregate: greedy, ...}` is one bert, whose weights are a mean
+of those of five (`recsys.soups`). What a run keeps of it stands under `soups`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from fusion.config import parse_part
+from pydantic import Field
+
+from fusion.config import Part, Settings, parse, parse_part
 from fusion.errors import ConfigError
-from fusion.registry import Registry
+from fusion.registry import Registry, nearest
+from recsys.tuning import with_setting
 
 KEY = "copies"
 MOST = 50
+
+
+class SoupSettings(Settings):
+    """How the weights of several copies become one member."""
+
+    copies: int = Field(5, ge=2, le=MOST)
+    """Copies that start from the same weights and are trained with another order of rows each."""
+    aggregate: Literal["mean", "by_validation", "greedy"] = "greedy"
+    """mean: all count alike; by_validation: as much as their metric on validation; greedy: the best first, each further
+    one only where the mean gets no worse on validation."""
+    vary: dict[str, list[Any]] = Field(default_factory=dict)
+    """Values of the member's keys, given to the copies in turn, as in `{training.learning_rate: [1e-5, 3e-5]}`."""
+
+
+def varied(part: Part, soup: SoupSettings, number: int, where: str) -> Part:
+    """The settings of copy `number`, from 0; ConfigError for a key or a value that does not fit."""
+    for key, values in soup.vary.items():
+        if not values:
+            raise ConfigError(f"{where}.{key} must list at least one value; received none.")
+        part = with_setting(part, key, values[number % len(values)], where)
+    return part
+
+
+def check_soups(soups: Mapping[str, SoupSettings], members: Mapping[str, Part], mode: str) -> None:
+    """Raises ConfigError for members whose copies cannot be averaged; `mode` is `training.mode`."""
+    for name, soup in soups.items():
+        if name not in members:
+            raise ConfigError(f"soups names the unknown member '{name}': {nearest(name, members)}")
+        part = members[name]
+        if not part.registry[part.kind].averageable:
+            able = [kind for kind in part.registry if part.registry[kind].averageable]
+            raise ConfigError(
+                f"members.{name}.aggregate: weights can be averaged of members that keep what gradients trained "
+                f"({', '.join(able)}); received {part.kind}. Leave it out, and fuse the answers of copies by a rule."
+            )
+        if mode != "separate":
+            raise ConfigError(
+                f"members.{name}.aggregate must go with training.mode separate, where each copy is trained by itself; "
+                f"received {mode}."
+            )
+        for number in range(soup.copies):
+            varied(part, soup, number, f"members.{name}.vary")
 
 
 def expand_copies(config: dict[str, Any], registry: Registry, default: str | None = None) -> dict[str, Any]:
@@ -29,6 +78,7 @@ def expand_copies(config: dict[str, Any], registry: Registry, default: str | Non
     members = config.get("members")
     if not isinstance(members, dict):
         return config
+    config, members = _with_soups(config, members)
     expanded: dict[str, Any] = {}
     names: dict[str, list[str]] = {}
     for name, settings in members.items():
@@ -46,6 +96,23 @@ def expand_copies(config: dict[str, Any], registry: Registry, default: str | Non
             expanded[copy] = one
         _check_random(name, {"kind": default, **one} if default else one, registry)
     return {**config, "members": expanded, **_with_shared_weights(config, names)}
+
+
+def _with_soups(config: dict[str, Any], members: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config with what members say of averaging their copies under `soups`, and the members without it."""
+    soups, left = {}, {}
+    for name, settings in members.items():
+        if not isinstance(settings, dict) or "aggregate" not in settings:
+            left[name] = settings
+            continue
+        if KEY not in settings:
+            raise ConfigError(f"members.{name}.aggregate must go with {KEY}, as in '{KEY}: 5'; received none.")
+        soups[name] = {key: settings[key] for key in SoupSettings.model_fields if key in settings}
+        parse(SoupSettings, soups[name], f"members.{name}")
+        left[name] = {key: value for key, value in settings.items() if key not in SoupSettings.model_fields}
+    if soups:
+        config = {**config, "soups": {**config.get("soups", {}), **soups}}
+    return config, left
 
 
 def _names(name: str, copies: Any) -> list[str]:

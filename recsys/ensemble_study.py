@@ -16,9 +16,10 @@ from fusion.rules.greedy import sampled_ndcg
 from fusion.types import Context
 from recsys.core import MemberScores
 from recsys.evaluation import Question
+from recsys.fit_rows import FitRows
 from recsys.growth import joining_order
 from recsys.metrics import Metric
-from recsys.out_of_fold import FoldScores, sampled_scores
+from recsys.out_of_fold import sampled_scores
 from recsys.settings import OutOfFoldSettings
 
 JOINING_USERS = 1000
@@ -43,15 +44,15 @@ def without(rule: Rule, member: str) -> Hearing:
     return Hearing(rule, np.array(rule.members) != member)
 
 
-def validation_lists(members: MemberScores, asked: Question, settings: OutOfFoldSettings, seed: int) -> FoldScores:
+def validation_lists(members: MemberScores, asked: Question, settings: OutOfFoldSettings, seed: int) -> FitRows:
     """What the members say about the best items of each other, for some validation users: standardised scores
     `[N, S, K]` and who took what, as learned rules get them of a fold."""
     rule = Average(Average.Config(), members.names, "candidates")
     some = settings.model_copy(update={"max_users": min(settings.max_users, JOINING_USERS)})
-    return FoldScores.join(sampled_scores(members, {"equal": rule}, asked, some, seed)["equal"])
+    return FitRows.join(sampled_scores(members, {"equal": rule}, asked, some, seed)["equal"])
 
 
-def joining_over_candidates(members: Sequence[str], lists: FoldScores, k: int) -> list[str]:
+def joining_over_candidates(members: Sequence[str], lists: FitRows, k: int) -> list[str]:
     """The members as they join an equal-weight average, by NDCG@k of `validation_lists`."""
     speaks = lists.mask & np.isfinite(lists.features)
     values = np.where(speaks, lists.features, np.float32(0))

@@ -1,4 +1,7 @@
-"""What of an example led a classifier to its answer, for the page of a run: words of a text, regions of an image."""
+"""What of an example led a classifier to its answer, for the page of a run: words of a text, regions of an image.
+
+Why an item is recommended, `recsys.reasons` says.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,14 @@ import numpy as np
 
 from fusion.explain import region_shares, word_shares
 from fusion.training.member import ClassifierMember
-
-GLOW = (194, 81, 47)
-"""The colour (red, green, blue) laid over the regions that decided."""
+from recsys.thumbnails import aglow
 
 
 def explaining(members: Mapping[str, Any], order: Sequence[str], modality: str) -> str | None:
     """The first of the members named in `order` that reads this modality and learned by gradient; None without one."""
     for name in order:
         member = members[name]
-        if isinstance(member, ClassifierMember) and member.submodel.modality == modality:
+        if isinstance(member, ClassifierMember) and member.submodel.modality == modality and member.submodel.explained:
             return name
     return None
 
@@ -42,6 +43,4 @@ def reasons(member: ClassifierMember, value: Any, answer: int, truth: int) -> Se
 
     if member.submodel.modality == "text":
         return word_shares(member.submodel, value, output)
-    heat = region_shares(member.submodel, value, output)[:, :, None]
-    grey = np.repeat(value.mean(axis=2, keepdims=True), 3, axis=2)
-    return np.rint(grey + 0.8 * heat * (np.array(GLOW) - grey)).astype(np.uint8)
+    return aglow(value, region_shares(member.submodel, value, output))

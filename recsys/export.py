@@ -162,6 +162,8 @@ def _described(task: Any, kind: str, name: str, members: Sequence[str]) -> dict[
     """What the manifest says beside signatures and files."""
     report, settings = _report(task), task.experiment.export
     figures = {**report["members"], **report["rules"]}[name]
+    if name == report.get("served"):  # a classifier alone is calibrated, which its figures as a member are not
+        figures = report.get("serving", {}).get("figures", figures)
     return {
         "kind": kind,
         "members": tuple(members),

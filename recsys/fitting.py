@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,13 +12,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fusion.config import Part, Settings, content_hash, parse_part
-from fusion.errors import DataError
+from fusion.errors import ConfigError, DataError
 from fusion.files import atomic_folder, load_arrays, lock_folder, save_arrays, sha256_of
+from fusion.progress import note
 from fusion.registry import Registry
 from fusion.training.cluster import is_spread, same_everywhere
+from fusion.training.member import CLASSIFIERS
 from fusion.types import History, RunOptions, derive_seed
+from recsys.collaborative import MEMBERS
 from recsys.measuring import PeakMemory
 from recsys.run import code_version
+from recsys.warm_starts import source_of, split_of, verified
 
 
 class FitData(Protocol):
@@ -44,6 +47,10 @@ class Fitted:
     seconds: float
     peak_bytes: int | None = None
     """Most memory that fitting held beyond what the process held before; None for members fitted by older code."""
+    start: dict[str, Any] | None = None
+    """Where it started from another member: `from`, the arrays `taken` and `new`, and that member's `split`."""
+    soup: dict[str, Any] | None = None
+    """Of a mean of copies what `recsys.soups.fit_soup` found."""
 
     @property
     def recipe(self) -> Part:
@@ -64,18 +71,26 @@ def without_validation(training: SettingsT, history: History) -> SettingsT:
     return training.model_copy(update={"epochs": epochs, "patience": 0, "target": None})
 
 
-def fit_member(name: str, part: Part, data: FitData, seed: int, *, strategy: Any = None, quiet: bool = False) -> Fitted:
+def fit_member(
+    name: str, part: Part, data: FitData, seed: int, *, strategy: Any = None, quiet: bool = False, copy: int = 0
+) -> Fitted:
     """The member `name` fitted on `data`, from the cache where it lies there.
 
-    An interrupted training leaves its checkpoints in the cache and is continued by the next call.
+    An interrupted training leaves its checkpoints in the cache and is continued by the next call. With `copy` from 1
+    it starts as the member does and sees the rows in another order (`RunOptions.copy`).
     """
-    key = _key(name, part, data, seed)
-    folder, work = data.cache / "members" / key, data.cache / "work" / key / name
-    _make_once([folder], work, lambda: _fit_into(folder, work, name, part, data, seed, strategy, quiet), strategy)
+    folder = folder_of(name, part, data, seed, copy)
+    work = data.cache / "work" / folder.name / (f"{name}_{copy + 1}" if copy else name)
+    make_once([folder], work, lambda: _fit_into(folder, work, name, part, data, seed, strategy, quiet, copy), strategy)
     return load_fitted(folder, name, part.registry, seed)
 
 
-def _make_once(folders: Sequence[Path], work: Path, make: Callable[[], None], strategy: Any) -> None:
+def folder_of(name: str, part: Part, data: FitData, seed: int, copy: int = 0) -> Path:
+    """Where the member lies in the cache once it is fitted; its name is the key."""
+    return data.cache / "members" / _key(name, part, data, seed, copy)
+
+
+def make_once(folders: Sequence[Path], work: Path, make: Callable[[], None], strategy: Any) -> None:
     """Calls `make`, which writes `folders` by way of `work`, unless they are there; in one process at a time.
 
     Processes that train in step either all have the same ones, or all make them, each in a cache of its own.
@@ -101,18 +116,51 @@ def _all_there(folders: Sequence[Path], work: Path, strategy: Any) -> bool:
 
 
 def _fit_into(
-    folder: Path, work: Path, name: str, part: Part, data: FitData, seed: int, strategy: Any, quiet: bool
+    folder: Path, work: Path, name: str, part: Part, data: FitData, seed: int, strategy: Any, quiet: bool, copy: int
 ) -> None:
     started = time.perf_counter()
     try:
         # Models are built in the scope of the strategy by the members: tables that only score are not to be spread.
         with PeakMemory() as memory:
             member = part.make(derive_seed(seed, "member", name))
-            history = member.fit(data, RunOptions(derive_seed(seed, "training", name), work, strategy, quiet))
+            _start(member, part)
+            options = RunOptions(derive_seed(seed, "training", name), work, strategy, quiet, copy=copy)
+            history = member.fit(data, options)
     except DataError as error:
         raise DataError(f"members.{name}: {error}") from error
     took = {"seconds": time.perf_counter() - started, "peak_bytes": memory.bytes}
-    _keep(folder, work, part, member, history, took)
+    _tell_start(name, member, quiet)
+    keep_fitted(folder, work, part, member, history, took)
+
+
+def _start(member: Any, part: Part) -> None:
+    """Lets a new member start from the fitted one that `init_from` names, if it does."""
+    folder = source_of(part)
+    if folder is None:
+        return
+    kind = verified(folder)["kind"]
+    registry = CLASSIFIERS if kind in CLASSIFIERS else MEMBERS
+    if not hasattr(registry[kind], "warm_start"):
+        raise ConfigError(
+            f"init_from must name a member whose encoder learns by gradient, of kind neural or content; the one in "
+            f"{folder} is of kind {kind}."
+        )
+    source = load_fitted(folder, folder.name, registry, seed=0).member
+    member.start_from(source.warm_start(part.config.init_from))
+
+
+def _tell_start(name: str, member: Any, quiet: bool) -> None:
+    start = getattr(member, "start", None)
+    if start is not None:
+        new = f"new are {', '.join(start.new)}" if start.new else "none is new"
+        note(f"{name} started from {start.origin}: {len(start.taken)} arrays taken, {new}", quiet=quiet)
+
+
+def _start_facts(member: Any, part: Part) -> dict[str, Any] | None:
+    start, folder = getattr(member, "start", None), source_of(part)
+    if start is None or folder is None:
+        return None
+    return {"from": start.origin, "taken": start.taken, "new": start.new, "split": split_of(folder)}
 
 
 Train = Callable[[dict[str, Any], RunOptions], tuple[History, dict[str, Any]]]
@@ -126,40 +174,50 @@ def fit_group(
     data: FitData,
     seed: int,
     *,
+    beside: Mapping[str, Part] | None = None,
     strategy: Any = None,
     quiet: bool = False,
 ) -> dict[str, Fitted]:
     """Members trained together on `data` by `recipe`, from the cache where all lie there.
 
+    What they learn may depend on members that are fitted `beside` them, on the same data.
+
     Each is kept as one that was fitted alone, with the history of the group and an equal share of its time. An
     interrupted training leaves its checkpoints in the cache and is continued by the next call.
     """
-    keys = {name: _key(name, part, data, seed) for name, part in parts.items()}
+    keys = {name: _key(name, part, data, seed) for name, part in {**parts, **(beside or {})}.items()}
     group = content_hash([keys, recipe.model_dump(mode="json")])
     folders = {name: data.cache / "members" / content_hash([group, name]) for name in parts}
     work = data.cache / "work" / group / "joint"
 
     def make() -> None:
         started = time.perf_counter()
-        with PeakMemory() as memory, strategy.scope() if strategy else contextlib.nullcontext():
+        with PeakMemory() as memory:
             members = {name: part.make(derive_seed(seed, "member", name)) for name, part in parts.items()}
+            for name, part in parts.items():
+                _start(members[name], part)
             options = RunOptions(derive_seed(seed, "training", *parts), work, strategy, quiet)
             history, facts = train(members, options)
         took = {"seconds": (time.perf_counter() - started) / len(parts), "peak_bytes": memory.bytes}
         for name, part in parts.items():
-            _keep(folders[name], work, part, members[name], history, took | facts)
+            _tell_start(name, members[name], quiet)
+            keep_fitted(folders[name], work, part, members[name], history, took | facts)
 
-    _make_once([*folders.values()], work, make, strategy)
+    make_once([*folders.values()], work, make, strategy)
     return {name: load_fitted(folders[name], name, part.registry, seed) for name, part in parts.items()}
 
 
-def _keep(folder: Path, work: Path, part: Part, member: Any, history: History | None, took: Mapping[str, Any]) -> None:
+def keep_fitted(
+    folder: Path, work: Path, part: Part, member: Any, history: History | None, took: Mapping[str, Any]
+) -> None:
     """Writes a fitted member, and what is known of its training in `work`, in a way that `load_fitted` reads."""
     with atomic_folder(folder) as aside:
         save_arrays(aside / "state.npz", member.state())
         facts = {
             "kind": part.kind,
             "config": part.dump(),
+            "sha256": sha256_of(aside / "state.npz"),
+            "start": _start_facts(member, part),
             **took,
             "parameters": member.parameters,
             "history": asdict(history) if history else None,
@@ -177,11 +235,17 @@ def load_fitted(folder: Path, name: str, registry: Registry, seed: int) -> Fitte
     member = part.make(derive_seed(seed, "member", name))
     member.load_state(load_arrays(folder / "state.npz"))
     history = History(**facts["history"]) if facts["history"] else None
-    return Fitted(member, part, folder, history, facts["seconds"], facts.get("peak_bytes"))
+    return Fitted(
+        member, part, folder, history, facts["seconds"], facts.get("peak_bytes"), facts.get("start"), facts.get("soup")
+    )
 
 
-def _key(name: str, part: Part, data: FitData, seed: int) -> str:
+def _key(name: str, part: Part, data: FitData, seed: int, copy: int = 0) -> str:
     recipe = {"name": name, "part": part.dump(), "seed": seed, "code": code_version()}
+    if copy:
+        recipe["copy"] = copy
+    if source := source_of(part):
+        recipe["init_from"] = sha256_of(source / "state.npz")
     return content_hash({**recipe, "data": data.fingerprint(part)})
 
 

@@ -12,6 +12,7 @@ from fusion.compat import tf
 from fusion.rules.base import Rule
 from fusion.training.out_of_fold import out_of_fold, out_of_fold_logits
 from fusion.types import derive_seed
+from recsys.fit_rows import FitRows
 
 FOLDS = 5
 """Parts of the rows, of which a cross-fitted rule answers one and is fitted on the others."""
@@ -35,9 +36,14 @@ class HeldOut:
     context: dict[str, np.ndarray]
     seed: int
 
+    @property
+    def known(self) -> FitRows:
+        """All rows."""
+        return FitRows(self.logits, self.mask, self.labels, np.ones(len(self.labels)), self.context)
+
     def fit(self, rule: Rule) -> dict[str, Any]:
         """Fits the rule on all rows; returns what `Rule.fit` reports."""
-        return self._fit(rule, np.arange(len(self.labels)))
+        return self._fit(rule, self.known)
 
     def cross_fitted(self, new_rule: Callable[[], Rule]) -> np.ndarray:
         """Probabilities float32 `[N, C]`, each row's by a new rule that was fitted without the row's fold.
@@ -49,15 +55,13 @@ class HeldOut:
 
         def fit_and_score(_: int, rows: np.ndarray, held: np.ndarray) -> np.ndarray:
             rule = new_rule()
-            self._fit(rule, rows)
-            context = {name: values[held] for name, values in self.context.items()}
-            fused = rule(tf.constant(self.logits[held]), tf.constant(self.mask[held]), context)
+            self._fit(rule, self.known.at(rows))
+            asked = self.known.at(held)
+            fused = rule(tf.constant(asked.features), tf.constant(asked.mask), asked.context)
             probabilities: np.ndarray = rule.probabilities(fused).numpy()
             return probabilities
 
         return out_of_fold_logits(fit_and_score, fold_of, quiet=True)
 
-    def _fit(self, rule: Rule, rows: np.ndarray) -> dict[str, Any]:
-        context = {name: values[rows] for name, values in self.context.items()}
-        seed = derive_seed(self.seed, "rule", rule.name)
-        return rule.fit(self.logits[rows], self.mask[rows], self.labels[rows], context=context, seed=seed)
+    def _fit(self, rule: Rule, rows: FitRows) -> dict[str, Any]:
+        return rows.fit(rule, derive_seed(self.seed, "rule", rule.name))

@@ -20,6 +20,7 @@ from fusion.types import derive_seed
 from recsys.collaborative.base import PADDING
 from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.evaluation import Question, blocks, question
+from recsys.fit_rows import FitRows
 from recsys.schema import TEST, TRAIN, VALIDATION, Interactions
 from recsys.settings import OutOfFoldSettings
 from recsys.splits import SplitSettings, split
@@ -85,45 +86,13 @@ def rows_of(data: Interactions, rows: np.ndarray) -> Interactions:
     return replace(data, **cut, given_split=None)
 
 
-@dataclass
-class FoldScores:
-    """What a learned rule is fitted on: features `[N, F·S, K]`, mask `[N, S, K]`, labels `[N, K]`, weights `[N, K]`,
-    and by name what it may read beside them, `[N, K]`; in the order of the arguments of `Rule.fit`."""
-
-    features: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    context: dict[str, np.ndarray]
-
-    @classmethod
-    def join(cls, parts: list[FoldScores]) -> FoldScores:
-        """All blocks of users, padded to the longest list of candidates with weight 0."""
-        width = max(part.labels.shape[1] for part in parts)
-
-        def widen(array: np.ndarray) -> np.ndarray:
-            pad = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
-            return np.pad(array, pad)
-
-        def joined(arrays: list[np.ndarray]) -> np.ndarray:
-            return np.concatenate([widen(array) for array in arrays])
-
-        return cls(
-            joined([part.features for part in parts]),
-            joined([part.mask for part in parts]),
-            joined([part.labels for part in parts]),
-            joined([part.weights for part in parts]),
-            {name: joined([part.context[name] for part in parts]) for name in parts[0].context},
-        )
-
-
 def sampled_scores(
     members: MemberScores,
     rules: Mapping[str, Rule],
     asked: Question,
     settings: OutOfFoldSettings,
     seed: int,
-) -> dict[str, list[FoldScores]]:
+) -> dict[str, list[FitRows]]:
     """For each rule the features of every user's positives and of unseen candidates.
 
     Features are made over the whole catalogue (standardisation and ranks need it) and cut to the candidates
@@ -157,7 +126,7 @@ def sampled_scores(
         context = members.context(history, sample)
         return features, at(mask), {name: tf.broadcast_to(v, tf.shape(sample)) for name, v in context.items()}
 
-    result: dict[str, list[FoldScores]] = {name: [] for name in rules}
+    result: dict[str, list[FitRows]] = {name: [] for name in rules}
     per_user = members.items * len(members.names) * (1 + len(rules))
     for block, history in blocks(asked.history, users, per_user):
         unseen = asked.open_to(block)
@@ -167,7 +136,7 @@ def sampled_scores(
         read = {name: values.numpy() for name, values in context.items()}
         for name, values in features.items():
             heard = known.numpy() & (weights > 0)[:, None]
-            result[name].append(FoldScores(values.numpy(), heard, labels, weights, read))
+            result[name].append(FitRows(values.numpy(), heard, labels, weights, read))
     return result
 
 

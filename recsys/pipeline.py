@@ -15,6 +15,7 @@ from fusion.training.cluster import lost_processes, same_everywhere
 from fusion.training.strategy import make_strategy, own_folder
 from recsys.run import Run
 from recsys.settings import parse_experiment
+from recsys.warm_starts import check_sources
 
 TASKS = Registry(
     "task",
@@ -41,6 +42,7 @@ def run_experiment(
     Returns the run; its `report.json`, `report.html` and `export/` are then complete.
     """
     with machine_faults(Path(root)), lost_processes():
+        check_sources(experiment.members)
         make_strategy(experiment.strategy, topic=experiment.hash())
         folder = own_folder(experiment.strategy, Path(root))
         run = Run.start(experiment, folder, fresh=fresh, resume=resume, quiet=quiet)

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 
 from fusion.config import Part
+from fusion.training.local_cluster import threads_of
 from recsys.cleaning import clean, clean_examples
 from recsys.schema import LABEL, PART_NAMES, SPLIT
 from recsys.splits import split, split_examples
@@ -20,11 +21,19 @@ STEPS_PER_SECOND = 15.0
 """Training steps of towers and heads."""
 GFLOPS = 60e9
 """Floating-point operations a second of encoders, and of dense linear algebra."""
-ENCODER_FLOPS = {"text_bert": 5.7e8, "image_efficientnet": 1.6e4, "image_cnn": 2e3, "text_tfidf": 1e5}
+ENCODER_FLOPS = {
+    "text_bert": 5.7e8,
+    "image_efficientnet": 1.6e4,
+    "image_cnn": 2e3,
+    "image_backbone": 1.6e5,
+    "text_tfidf": 1e5,
+}
 """For one text of 24 tokens, or for one pixel."""
 PARAMETERS = {"text_bert": 22_700_000, "image_efficientnet": 3_400_000}
 BASE_BYTES = 1_100_000_000
 """TensorFlow, pandas and the program itself."""
+WORKER_BYTES = 700_000_000
+"""The same of a process that fits members (`recsys.workers`) and does nothing else."""
 
 
 def plan(experiment: Any, root: Path) -> dict[str, Any]:
@@ -45,9 +54,16 @@ def plan(experiment: Any, root: Path) -> dict[str, Any]:
     fits = 1 + experiment.fits_out_of_fold + experiment.evaluation.refit + (experiment.export.refit == "all")
     grids = getattr(experiment, "tuning", {})
     tried = {name: sum(len(values) for values in grids.get(name, {}).values()) for name in experiment.members}
-    members = {name: _member(part, users, items, positives, values) for name, part in experiment.members.items()}
-    seconds = sum((fits + tried[name]) * member["fit_s"] + member["embed_s"] for name, member in members.items())
-    needed = BASE_BYTES + max(member["bytes"] for member in members.values()) + 256 * 4 * items * (len(members) + 8)
+    members = {name: estimate(part, users, items, positives, values) for name, part in experiment.members.items()}
+    for name, soup in experiment.soups.items():
+        members[name]["fit_s"] = round(soup.copies * members[name]["fit_s"], 1)
+    processes = min(experiment.training.processes, len(members))
+    seconds = [(fits + tried[name]) * member["fit_s"] + member["embed_s"] for name, member in members.items()]
+    # Nothing is faster than the slowest member, nor than all processors at work.
+    elapsed = max(*seconds, sum(seconds) / min(processes, threads_of(1))) if processes > 1 else sum(seconds)
+    largest = sorted((member["bytes"] for member in members.values()), reverse=True)[:processes]
+    needed = BASE_BYTES + sum(largest) + 256 * 4 * items * (len(members) + 8)
+    needed += processes * WORKER_BYTES if processes > 1 else 0
     return {
         "name": experiment.name,
         "task": experiment.task,
@@ -59,13 +75,14 @@ def plan(experiment: Any, root: Path) -> dict[str, Any]:
         "tuning_fits": tried,
         "members": members,
         "rules": list(experiment.rules),
-        "estimated_s": round(20 + seconds),
+        "processes": processes,
+        "estimated_s": round(20 + elapsed),
         "estimated_bytes": int(needed),
         "machine_bytes": psutil.virtual_memory().total,
     }
 
 
-def _member(part: Part, users: int, items: int, positives: int, values: int) -> dict[str, Any]:
+def estimate(part: Part, users: int, items: int, positives: int, values: int) -> dict[str, Any]:
     """Parameters, bytes while fitting, and seconds of one member."""
     config = part.config
     width = getattr(config, "factors", getattr(config, "dimensions", 0))
@@ -105,7 +122,7 @@ def describe(facts: dict[str, Any]) -> str:
         f"{facts['name']} ({facts['task']}): " + ", ".join(f"{v:,} {k}" for k, v in facts["data"].items()),
         f"rows: {rows}; dropped by cleaning: {sum(facts['dropped'].values()):,}",
         f"members, each fitted {facts['fits_per_member']} times (training, folds, refits), beside "
-        f"{sum(facts['tuning_fits'].values())} fits of tuning:",
+        f"{sum(facts['tuning_fits'].values())} fits of tuning, {facts['processes']} at a time:",
     ]
     for name, member in facts["members"].items():
         lines.append(

@@ -130,8 +130,11 @@ def _bar(axes: Axes, bar: Bar, place: float, reach: float, signed: bool) -> None
     axes.text(end + 0.015 * reach, place, text, va="center", fontsize=9.5, fontweight=weight)
 
 
-def curves(members: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """One row per member: losses by epoch on the left, everything else that was measured on the right."""
+def curves(members: Mapping[str, Sequence[Mapping[str, float]]], best: Mapping[str, int] | None = None) -> Figure:
+    """One row per member: losses by epoch on the left, everything else that was measured on the right.
+
+    A dashed line stands at the epoch that was kept, where `best` names it.
+    """
     with _styled():
         figure = Figure(
             figsize=(2 * _INCHES, 0.3 + 1.75 * len(members)), layout=ConstrainedLayoutEngine(hspace=0.08, wspace=0.05)
@@ -141,13 +144,16 @@ def curves(members: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             keys = [key for key in dict.fromkeys(k for row in epochs for k in row) if _is_curve(key, epochs)]
             _curve(left, epochs, [key for key in keys if "loss" in key], f"{_shorten(name)}: loss")
             _curve(right, epochs, [key for key in keys if "loss" not in key], f"{_shorten(name)}: validation")
+            if best and best.get(name):
+                for axes in (left, right):
+                    axes.axvline(best[name], color=_LIGHT["muted"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         for axes in grid[-1]:
             axes.set_xlabel("epoch")
         return figure
 
 
 def _is_curve(key: str, epochs: Sequence[Mapping[str, float]]) -> bool:
-    beside_the_point = key in ("epoch", "step", "seconds", "learning_rate")
+    beside_the_point = key.partition("/")[0] in ("epoch", "step", "seconds", "learning_rate", "conflict")
     return not beside_the_point and any(_number(row.get(key)) is not None for row in epochs)
 
 
@@ -183,6 +189,29 @@ def _curve(axes: Axes, epochs: Sequence[Mapping[str, float]], keys: Sequence[str
     )
     axes.tick_params(length=0)
     axes.locator_params(axis="y", nbins=4)
+
+
+def descents(rules: Mapping[str, Sequence[float]]) -> Figure:
+    """One square per rule: what its fitting minimised, at the start and after each iteration."""
+    with _styled():
+        rows = -(-len(rules) // 4)
+        figure = Figure(
+            figsize=(2 * _INCHES, 0.3 + 1.9 * rows), layout=ConstrainedLayoutEngine(h_pad=0.07, hspace=0.04)
+        )
+        grid = figure.subplots(rows, 4, squeeze=False).ravel()
+        for axes, (name, losses) in zip(grid, rules.items(), strict=False):
+            axes.plot(range(len(losses)), losses, color=_LIGHT["best-rule"], linewidth=1.8)
+            axes.scatter(len(losses) - 1, losses[-1], s=16, color=_LIGHT["best-rule"], zorder=3)
+            axes.set_title(_shorten(name, 22))
+            axes.grid(axis="y", color=_LIGHT["grid"], linewidth=0.8)
+            axes.tick_params(length=0)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.locator_params(axis="y", nbins=4)
+        for axes in grid[len(rules) :]:
+            axes.set_axis_off()
+        figure.supxlabel("iteration", color=_LIGHT["muted"], fontsize=10.5)
+        figure.supylabel("loss", color=_LIGHT["muted"], fontsize=10.5)
+        return figure
 
 
 @dataclass(frozen=True)

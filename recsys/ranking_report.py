@@ -11,17 +11,19 @@ import numpy as np
 from fusion.files import load_arrays, write_atomically
 from fusion.progress import progress
 from fusion.types import derive_seed
-from recsys import diversity, results, served
+from recsys import diversity, results, served, soups
 from recsys.compare import save_values
 from recsys.controls import alarms, controls, list_quality, out_of_fold
 from recsys.core import RankingCore
 from recsys.ensemble_study import growing, joining_over_candidates, validation_lists, without
 from recsys.evaluation import Question, Ranked, blocks, question, sample
+from recsys.fit_rows import FitRows
 from recsys.growth import curve
 from recsys.leaks import told, too_good
+from recsys.learning import learning_of
 from recsys.measuring import users_per_second
 from recsys.metrics import parse_metric
-from recsys.out_of_fold import FoldScores
+from recsys.reasons import Explainer
 from recsys.recommender import ServedRecommender
 from recsys.report import write_report
 from recsys.report_content import Example, Pictured, Recommended, ReportExtras
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 DROP_ONE_USERS = 5000
 """Test users for whom the page says what each member adds; of more a random part."""
+EXPLAINED = 3
+"""Recommended items of an example user of which the page says why."""
 
 
 def write_ranking_report(task: RankingTask) -> dict[str, Any]:
@@ -41,8 +45,10 @@ def write_ranking_report(task: RankingTask) -> dict[str, Any]:
     evaluation = RankingEvaluation(task)
     report = evaluation.report()
     save_values(task.run.folder, evaluation.test_ranked.users, evaluation.test_values)
+    extras = evaluation.extras(report)
+    report["examples"] = [example.plain() for example in extras.examples]
     write_atomically(task.run.path("report.json"), json.dumps(report, indent=1))
-    write_report(task.run.folder, report, evaluation.extras(report))
+    write_report(task.run.folder, report, extras)
     return report
 
 
@@ -109,8 +115,11 @@ class RankingEvaluation:
             "controls": self._controls(lists),
             "curve": curve(order, joined, self.primary, cost, self.samples, self.seed),
             "tuning": self.task.trials,
+            "learning": learning_of(task.fitted),
             "leaks": [vars(finding) for finding in told(task.run.path("data"))],
             "variants": {},
+            **({"joint": joint} if (joint := task.joint()) else {}),
+            **({"soups": averaged} if (averaged := task.soups) else {}),
         }
 
     def _question(self, part: int) -> Question:
@@ -130,12 +139,12 @@ class RankingEvaluation:
         values = results.values_of(ranked.lists, self.metrics, self.catalogue)
         return _Measured(ranked, values, results.figures(values, self.samples, self.seed, len(ranked.users))), judged
 
-    def _lists(self, asked: Question) -> FoldScores:
+    def _lists(self, asked: Question) -> FitRows:
         """The members' best items for some validation users, as learned rules get those of a fold."""
         members, settings = self.task.member_scores, self.experiment.out_of_fold
         return validation_lists(members, asked, settings, derive_seed(self.seed, "joining"))
 
-    def _controls(self, lists: FoldScores) -> dict[str, Any]:
+    def _controls(self, lists: FitRows) -> dict[str, Any]:
         """Shuffled labels, and members out of fold against validation."""
         path = self.task.run.path("out_of_fold", "quality.npz")
         held_out = list_quality(lists.features, lists.mask, lists.labels, lists.weights)
@@ -214,7 +223,11 @@ class RankingEvaluation:
         for name, fitted in task.fitted.items():
             rate = users_per_second(fitted.member.scorer(), histories, seconds=0.3)
             measured = {"fit_peak_bytes": fitted.peak_bytes, "users_per_s": round(rate)}
-            cost[name] = {**results.member_cost(fitted.member, fitted.seconds), **measured}
+            cost[name] = {
+                **results.member_cost(fitted.member, fitted.seconds),
+                **results.pace_of(fitted.history),
+                **measured,
+            }
         total = {key: sum(member[key] for member in cost.values()) for key in ("parameters", "bytes", "train_s")}
         total["fit_peak_bytes"] = max((f.peak_bytes or 0 for f in task.fitted.values()), default=0)
         for name, rule in task.rules.items():
@@ -234,6 +247,7 @@ class RankingEvaluation:
             learning_curves={n: f.history.epochs for n, f in task.fitted.items() if f.history and f.history.epochs},
             drop_one=self._drop_one(report["best_rule"]),
             rule_weights={n: r["weights"] for n, r in task.rule_reports.items() if "weights" in r},
+            rule_histories={n: r["history"] for n, r in task.rule_reports.items() if "history" in r},
             examples=self._examples(report["best_rule"]),
             cleaning=task.dropped(),
             config=task.run.path("config.yaml").read_text(encoding="utf-8"),
@@ -266,26 +280,31 @@ class RankingEvaluation:
         count = min(self.experiment.evaluation.examples, len(asked.users))
         chosen = np.random.default_rng(self.seed).permutation(asked.users)[:count]
         core = RankingCore(task.test_scores, task.rules[best_rule])
+        explain = Explainer(core, task.test_members, data)
         served = ServedRecommender(core, data.item_ids, data.user_ids, asked.history, asked.seen, 6)
         outside = data.item_ids[asked.candidates] if not asked.candidates.all() else np.array([""])
         examples = []
-        for user in np.sort(chosen):
-            answer = served.recommend([data.user_ids[user]], [[""]], [6], [[""]], [list(outside)])
-            examples.append(self._example(user, {key: value.numpy()[0] for key, value in answer.items()}))
+        with progress("explain", count, "users", quiet=task.run.quiet) as bar:
+            for user in np.sort(chosen):
+                answer = served.recommend([data.user_ids[user]], [[""]], [6], [[""]], [list(outside)])
+                found = {key: value.numpy()[0] for key, value in answer.items()}
+                examples.append(self._example(user, found, explain))
+                bar.advance(1)
         return examples
 
-    def _example(self, user: int, answer: dict[str, np.ndarray]) -> Example:
+    def _example(self, user: int, answer: dict[str, np.ndarray], explain: Explainer) -> Example:
         data, asked = self.task.interactions, self.test_question
         number = {item: position for position, item in enumerate(data.item_ids)}
         liked = asked.history.indices[asked.history.indptr[user] : asked.history.indptr[user + 1]]
         taken = set(asked.relevant.indices[asked.relevant.indptr[user] : asked.relevant.indptr[user + 1]])
+        items = [number[item_id.decode("utf-8")] for item_id in answer["item_ids"] if item_id]
+        reasons = explain(liked, np.array(items[:EXPLAINED], np.int32))
         recommended = []
-        for place, item_id in enumerate(answer["item_ids"]):
-            if item_id:
-                item = number[item_id.decode("utf-8")]
-                shares = dict(zip(self.experiment.members, answer["contributions"][:, place].tolist(), strict=True))
-                shown, score = self._item(item), float(answer["scores"][place])
-                recommended.append(Recommended(shown.title, score, shares, shown.image, item in taken))
+        for place, item in enumerate(items):
+            shares = dict(zip(self.experiment.members, answer["contributions"][:, place].tolist(), strict=True))
+            shown, score = self._item(item), float(answer["scores"][place])
+            why = reasons[place] if place < len(reasons) else None
+            recommended.append(Recommended(shown.title, score, shares, shown.image, item in taken, why))
         return Example(str(data.user_ids[user]), [self._item(item) for item in liked[-6:]], recommended)
 
     def _item(self, number: int) -> Pictured:
@@ -297,6 +316,8 @@ class RankingEvaluation:
         """What a reader must know before believing a figure."""
         found = [*told(self.task.run.path("data")), *too_good(report)]
         warnings = [*alarms(report), *(finding.sentence for finding in found), *served.warnings(report)]
+        warnings += soups.warnings(report)
+        warnings += self.task.warm_starts(self.task.manifest.sha256)
         users = report["split"]["test_users"]
         if users < 100:
             warnings.append(f"Only {users} test users: the intervals are wide, and nothing small can be told apart.")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from fusion.config import Part
+from fusion.config import Part, parse_part
 from fusion.files import save_arrays, write_atomically
 from fusion.progress import progress
 from fusion.rules.average import Average
@@ -18,21 +18,25 @@ from fusion.rules.base import Rule
 from fusion.training.strategy import make_strategy
 from fusion.types import History, RunOptions, derive_seed
 from recsys.cleaning import clean
-from recsys.collaborative.base import Member, TrainingData
-from recsys.controls import ROWS, FitRows, list_quality, shuffled_labels
+from recsys.collaborative.base import Member, TrainingData, Validator
+from recsys.controls import ROWS, list_quality, shuffled_labels
 from recsys.core import MemberScores, RankingCore
 from recsys.decoding import decoder_of
 from recsys.evaluation import Ranker, question, validator
-from recsys.fitting import Fitted, fit_group, fit_member, keep_copy, without_validation
+from recsys.fit_rows import FitRows
+from recsys.fitting import Fitted, fit_group, keep_copy, without_validation
 from recsys.joint import together, train_jointly
+from recsys.joint_constants import Constants, deal_users, without_users
 from recsys.leaks import leaks, tell
-from recsys.metrics import Catalogue, parse_metric
-from recsys.out_of_fold import Fold, FoldScores, make_folds, sampled_scores
+from recsys.metrics import Catalogue, Metric, parse_metric
+from recsys.out_of_fold import Fold, make_folds, sampled_scores
 from recsys.schema import HISTORY, PART_NAMES, TEST, TRAIN, VALIDATION, Interactions
+from recsys.soups import Judge
 from recsys.splits import SplitManifest, split
 from recsys.stages import Stages
 from recsys.storage import arrays_hash, load_interactions, save_interactions, table_hash
-from recsys.tuning import tune
+from recsys.tuning import Grid, Trial, tune
+from recsys.workers import TRAINING, Portion
 
 TUNING_USERS = 5000
 """Validation users on which settings are chosen; of more a fixed random part."""
@@ -87,34 +91,80 @@ class RankingTask(Stages):
 
     def train(self) -> None:
         """Fits every member on the training part, tuned where asked for, and leaves it in `submodels/<name>/`."""
-        data = self._training_data()
-        for name, fitted in self._fit_all(data, self._tuned(data)).items():
+        for name, fitted in self._fit_all(TRAINING, self._tuned()).items():
             keep_copy(fitted.folder, self.run.path("submodels", name))
 
-    def _tuned(self, data: TrainingData) -> dict[str, Part]:
+    def _tuned(self) -> dict[str, Part]:
         """The members' settings, after those named in `tuning` have been chosen on validation."""
         members, grids = dict(self.experiment.members), self.experiment.tuning
-        metric = parse_metric(self.experiment.primary, "candidates")
-        asked = question(self.interactions, self.parts, VALIDATION, held_out=self.experiment.held_out_candidates)
-        validate = validator(asked, metric.name, TUNING_USERS)
+        found = self._fit_ahead([TRAINING], members, grids)
         trials = {}
         for name, grid in grids.items():
-            with progress(f"tune {name}", sum(map(len, grid.values())), "fits", quiet=self.run.quiet) as bar:
-
-                def measure(part: Part, name: str = name, bar: Any = bar) -> float:
-                    value = validate(self._fit(name, part, data).member.scorer())[metric.name]
-                    bar.advance(1)
-                    return value
-
-                members[name], tried = tune(name, members[name], grid, measure, metric.higher_is_better)
-            trials[name] = [vars(trial) for trial in tried]
+            if name in found:
+                members[name] = parse_part(members[name].registry, found[name]["part"], name)
+                trials[name] = found[name]["trials"]
+            else:
+                members[name], tried = self.search(name, members[name], grid)
+                trials[name] = [vars(trial) for trial in tried]
         write_atomically(self.run.path("submodels", "tuning.json"), json.dumps(trials, indent=2))
         return members
+
+    def search(self, name: str, part: Part, grid: Grid) -> tuple[Part, list[Trial]]:
+        """The settings of a grid that are best on validation, and every trial; `part` is what it starts with."""
+        data = self._data(TRAINING)
+        with progress(f"tune {name}", sum(map(len, grid.values())), "fits", quiet=self.run.quiet) as bar:
+
+            def measure(part: Part) -> float:
+                value = self._tuning_validator(self.fit(name, part, data).member.scorer())[self._tuning_metric.name]
+                bar.advance(1)
+                return value
+
+            return tune(name, part, grid, measure, self._tuning_metric.higher_is_better)
+
+    @property
+    def _tuning_metric(self) -> Metric:
+        return parse_metric(self.experiment.primary, "candidates")
+
+    @functools.cached_property
+    def _tuning_validator(self) -> Validator:
+        asked = question(self.interactions, self.parts, VALIDATION, held_out=self.experiment.held_out_candidates)
+        return validator(asked, self._tuning_metric.name, TUNING_USERS)
 
     @property
     def trials(self) -> dict[str, list[dict[str, Any]]]:
         """What tuning tried: by member a list of key, value and metric on validation."""
         return json.loads(self.run.path("submodels", "tuning.json").read_text(encoding="utf-8"))
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """As `Stages.size`."""
+        users, items = self.interactions.shape
+        return users, items, int(self.interactions.positive.sum()), items
+
+    def portion_data(self, portion: Portion, name: str) -> TrainingData:
+        """As `Stages.portion_data`: all members read the same rows."""
+        return self._data(portion)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  (one task lives as long as its run)
+    def _data(self, portion: Portion) -> TrainingData:
+        """The rows of a portion; two are kept, because a worker goes to and fro between them."""
+        if portion.what == "train":
+            return self._training_data()
+        if portion.what == "fold":
+            fold = self._folds[portion.numbers[0]]
+            rows, data = fold.training_rows, fold.data
+        else:
+            data = self.interactions
+            rows = np.isin(self.parts, portion.numbers) & data.positive
+        return TrainingData(matrix=data.matrix(rows), catalogue=data.catalogue, cache=self.run.cache)
+
+    def judge(self, name: str, data: Any) -> Judge | None:
+        """As `Stages.judge`: by the metric that chooses the best epoch."""
+        validate, metric = data.validate, data.monitor
+        if validate is None:
+            return None
+        higher = parse_metric(metric, "candidates").higher_is_better
+        return Judge(metric, higher, lambda member: float(validate(member.scorer())[metric]))
 
     def _training_data(self) -> TrainingData:
         data, parts = self.interactions, self.parts
@@ -129,23 +179,27 @@ class RankingTask(Stages):
         )
 
     def _fit_all(
-        self, data: TrainingData, members: Mapping[str, Part], names: Collection[str] | None = None
+        self, portion: Portion, members: Mapping[str, Part], names: Collection[str] | None = None
     ) -> dict[str, Fitted]:
         """The members, all or some, fitted on the same rows: one by one, or together where the config says so."""
+        data = self._data(portion)
         asked = [name for name in members if names is None or name in names]
         group = together(members, self.experiment.training)
         fitted = {}
         with progress("members", total=len(asked), unit="members", quiet=self.run.quiet) as bar:
             if not group.keys().isdisjoint(asked):
-                fitted = self._fit_together(group, data)
+                constants = {name: members[name] for name in self.experiment.training.constants}
+                fitted = self._fit_together(group, constants, data)
                 bar.advance(len(group.keys() & asked))
             for name in asked:
                 if name not in fitted:
-                    fitted[name] = self._fit(name, members[name], data)
+                    fitted[name] = self.fit(name, members[name], data)
                     bar.advance(1)
         return {name: fitted[name] for name in asked}
 
-    def _fit_together(self, group: Mapping[str, Part], data: TrainingData) -> dict[str, Fitted]:
+    def _fit_together(
+        self, group: Mapping[str, Part], constants: Mapping[str, Part], data: TrainingData
+    ) -> dict[str, Fitted]:
         """Members trained in one graph; where nothing may be validated, for the epochs that were best in training."""
         recipe = self.experiment.training
         if data.validate is None:
@@ -153,26 +207,32 @@ class RankingTask(Stages):
         strategy, seed, quiet = make_strategy(self.experiment.strategy), self.experiment.seed, self.run.quiet
 
         def train(members: dict[str, Any], options: RunOptions) -> tuple[History, dict[str, Any]]:
-            history, weights = train_jointly(members, recipe, data, options)
-            return history, {"joint_weights": weights}
+            return train_jointly(members, recipe, data, options, self._constants(constants, data))
 
-        return fit_group(group, recipe, train, data, seed, strategy=strategy, quiet=quiet)
+        return fit_group(group, recipe, train, data, seed, beside=constants, strategy=strategy, quiet=quiet)
 
-    def _fit(self, name: str, part: Part, data: TrainingData) -> Fitted:
-        strategy = make_strategy(self.experiment.strategy)
-        return fit_member(name, part, data, self.experiment.seed, strategy=strategy, quiet=self.run.quiet)
+    def _constants(self, parts: Mapping[str, Part], data: TrainingData) -> Constants | None:
+        """Members that are heard in joint training without being trained, fitted for each fold of users."""
+        if not parts:
+            return None
+        folds = self.experiment.training.constant_folds
+        fold_of = deal_users(data.matrix.shape[0], folds, self.experiment.seed)
+        whole = {name: self.fit(name, part, data) for name, part in parts.items()}
+        rest = [without_users(data, fold_of == fold) for fold in range(folds)]
+        apart = [{name: self.fit(name, found.recipe, rows).member for name, found in whole.items()} for rows in rest]
+        return Constants({name: found.member for name, found in whole.items()}, apart, fold_of)
 
     def _fit_again(self, parts: tuple[int, ...], names: Collection[str] | None = None) -> dict[str, Member]:
         """The members by the recipes that validation left, fitted on the positive rows of `parts`."""
-        data = self.interactions
-        rows = np.isin(self.parts, parts) & data.positive
-        again = TrainingData(matrix=data.matrix(rows), catalogue=data.catalogue, cache=self.run.cache)
-        return {name: fitted.member for name, fitted in self._fit_all(again, self.recipes, names).items()}
+        portion = Portion("parts", parts)
+        recipes = {name: part for name, part in self.recipes.items() if names is None or name in names}
+        self._fit_ahead([portion], recipes)
+        return {name: fitted.member for name, fitted in self._fit_all(portion, self.recipes, names).items()}
 
     @property
-    def recipes(self) -> dict[str, Part]:
-        """By member the settings with which it is fitted on other rows than those of training."""
-        return {name: fitted.recipe for name, fitted in self.fitted.items()}
+    def joined(self) -> list[str]:
+        """As `Stages.joined`."""
+        return list(together(self.experiment.members, self.experiment.training))
 
     @functools.cached_property
     def member_scores(self) -> MemberScores:
@@ -201,18 +261,18 @@ class RankingTask(Stages):
         scores = self._out_of_fold_scores(learned | plain) if learned else {}
         reports = {}
         for name in learned:
-            joined = FoldScores.join(scores[name])
+            joined = FitRows.join(scores[name])
             seed = derive_seed(self.experiment.seed, "rule", name)
-            reports[name] = rules[name].fit(*vars(joined).values(), seed=seed)
+            reports[name] = joined.fit(rules[name], seed)
             if type(rules[name]).learned:
                 new_rule = functools.partial(self._new_rule, name)
-                found = shuffled_labels(new_rule, FitRows(**vars(joined)), self.experiment.seed)
+                found = shuffled_labels(new_rule, joined, self.experiment.seed)
                 reports[name]["shuffled_labels"] = found
         if learned:
-            self._keep_quality(FoldScores.join(scores[PLAIN]))
+            self._keep_quality(FitRows.join(scores[PLAIN]))
         self._keep_rules(rules, reports)
 
-    def _keep_quality(self, scores: FoldScores) -> None:
+    def _keep_quality(self, scores: FitRows) -> None:
         """Leaves how good each member was on some of the lists that it scored out of fold, for `recsys.controls`."""
         random = np.random.default_rng(derive_seed(self.experiment.seed, "quality"))
         rows = random.permutation(len(scores.labels))[:ROWS]
@@ -220,23 +280,25 @@ class RankingTask(Stages):
         found = dict(zip(self.experiment.members, list_quality(*given).T, strict=True))
         save_arrays(self.run.path("out_of_fold", "quality.npz"), found)
 
-    def _out_of_fold_scores(self, rules: dict[str, Rule]) -> dict[str, list[FoldScores]]:
+    def _out_of_fold_scores(self, rules: dict[str, Rule]) -> dict[str, list[FitRows]]:
         settings, seed = self.experiment.out_of_fold, self.experiment.seed
-        folds = make_folds(self.interactions, self.parts, self.experiment.split, settings.folds, seed)
-        result: dict[str, list[FoldScores]] = {name: [] for name in rules}
-        for number, fold in enumerate(folds):
-            members = {n: f.member for n, f in self._fit_all(self._fold_data(fold), self.recipes).items()}
+        portions = [Portion("fold", (number,)) for number in range(len(self._folds))]
+        self._fit_ahead(portions, self.recipes)
+        result: dict[str, list[FitRows]] = {name: [] for name in rules}
+        for number, fold in enumerate(self._folds):
+            members = {n: f.member for n, f in self._fit_all(portions[number], self.recipes).items()}
             asked = fold.question(held_out=self.experiment.held_out_candidates)
             counts = fold.data.matrix(fold.training_rows).getnnz(axis=0)
             sampled = sampled_scores(MemberScores(members, counts), rules, asked, settings, derive_seed(seed, number))
             for name, parts in sampled.items():
                 result[name].extend(parts)
+        del self._folds  # each is as large as the data
         return result
 
-    def _fold_data(self, fold: Fold) -> TrainingData:
-        return TrainingData(
-            matrix=fold.data.matrix(fold.training_rows), catalogue=fold.data.catalogue, cache=self.run.cache
-        )
+    @functools.cached_property
+    def _folds(self) -> list[Fold]:
+        folds, seed = self.experiment.out_of_fold.folds, self.experiment.seed
+        return make_folds(self.interactions, self.parts, self.experiment.split, folds, seed)
 
     # ---- evaluate ---------------------------------------------------------------------------------------
 

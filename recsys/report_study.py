@@ -1,4 +1,5 @@
-"""Arranges what a report says of the members together: how they differ, and what each adds. It computes no metric."""
+"""Arranges what a report says of the members together, how they differ and what each adds, and of how members and rules
+learned. It computes no metric."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from recsys import plots
+from recsys.report_content import ReportExtras
 
 HEAT = "correlation"
 """The measure that the heat map shows; the table beside it has all."""
@@ -54,6 +56,34 @@ def study_charts(report: Mapping[str, Any]) -> dict[str, Figure]:
             if step["value"] is not None
         ]
         charts["curve"] = plots.growth(points, f"{report['curve']['metric']} on validation")
+    return charts
+
+
+def hints_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the epochs of members say, a row each; members that were trained together have one row."""
+    found: dict[str, list[str]] = {}
+    for name, learned in report.get("learning", {}).items():
+        if learned["hint"]:
+            found.setdefault(learned["hint"], []).append(name)
+    return [{"members": ", ".join(names), "hint": sentence} for sentence, names in found.items()]
+
+
+def starts_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The members that began with another's weights, a row each."""
+    learning = report.get("learning", {})
+    return [{"member": name, **learned["start"]} for name, learned in learning.items() if learned.get("start")]
+
+
+def learning_charts(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Figure]:
+    """How members learned by epoch, and how rules were fitted by iteration, by file name."""
+    charts = {}
+    curves = {name: rows for name, rows in extras.learning_curves.items() if rows}
+    if curves:
+        best = {name: learned["best_epoch"] for name, learned in report.get("learning", {}).items()}
+        charts["learning_curves"] = plots.curves(curves, best)
+    descents = {name: losses for name, losses in extras.rule_histories.items() if len(losses) > 1}
+    if descents:
+        charts["rule_fitting"] = plots.descents(descents)
     return charts
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from recsys import plots, served
-from recsys.report_content import Example, Mistake, Recommended, ReportExtras
-from recsys.report_study import controls_of, diversity_of, study_charts
+from recsys import plots, served, soups
+from recsys.report_content import Example, Mistake, Reasons, Recommended, ReportExtras
+from recsys.report_study import controls_of, diversity_of, hints_of, learning_charts, starts_of, study_charts
 from recsys.report_words import Figures, higher_is_better, reference_sentences, rows_are, value_of, verdict
-from recsys.thumbnails import Picture, Thumbnail, thumbnails
+from recsys.thumbnails import Picture, Thumbnail, aglow, thumbnails
 
 MOST_CLASSES = 40
 """Above this many classes a confusion matrix is a grey square; the table of confused pairs is shown alone."""
@@ -41,7 +41,7 @@ def view_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Any]:
         "segments": _segments(report, extras.metric),
         "weights": _weights(extras.rule_weights, list(members)),
         "cost": _cost(report, extras.metric),
-        "serving": (*served.sentences(report), *reference_sentences(report)),
+        "serving": (*served.sentences(report), *soups.sentences(report), *reference_sentences(report)),
         "diversity": diversity_of(report),
         "controls": controls_of(report),
         "colours": {name: index % 8 for index, name in enumerate(members)},
@@ -50,6 +50,8 @@ def view_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Any]:
         "confused": _confused(extras),
         "calibration": report.get("calibration", {}),
         "epochs": {name: len(rows) for name, rows in extras.learning_curves.items() if rows},
+        "hints": hints_of(report),
+        "starts": starts_of(report),
     }
 
 
@@ -224,6 +226,7 @@ def _examples(examples: Sequence[Example]) -> list[dict[str, Any]]:
                 "user": example.user,
                 "history": history,
                 "recommended": recommended,
+                "why": [_why(item.title, item.reasons) for item in example.recommended if item.reasons],
                 "pictured": bool(pictures_shown),
                 "square": _mostly_square(pictures_shown),
             }
@@ -247,6 +250,27 @@ def _recommended(item: Recommended, picture: Thumbnail | None) -> dict[str, Any]
         "segments": [],
         "zero": 0.0,
         "parts": parts,
+    }
+
+
+def _why(title: str, reasons: Reasons) -> dict[str, Any]:
+    """One item's reasons: the members that add most, each with its liked items, its words or its picture."""
+    pictures = thumbnails([aglow(*region) for region in reasons.regions.values()])
+    seen = dict(zip(reasons.regions, pictures, strict=True))
+    return {
+        "title": title,
+        "liked": [liked.title for liked in reasons.liked],
+        "members": [
+            {
+                "name": name,
+                "share": reasons.shares[name],
+                "liked": [liked.title for liked in reasons.liked_by_member.get(name, ())],
+                "words": _strengths(reasons.words[name].shares) if name in reasons.words else [],
+                "picture": seen.get(name),
+                "personal": name in reasons.liked_by_member,
+            }
+            for name in reasons.speakers
+        ],
     }
 
 
@@ -307,9 +331,7 @@ def charts_of(report: Mapping[str, Any], extras: ReportExtras) -> dict[str, Figu
     if extras.drop_one:
         charts["drop_one"] = _drop_one_chart(extras)
     charts |= study_charts(report)
-    curves = {name: rows for name, rows in extras.learning_curves.items() if rows}
-    if curves:
-        charts["learning_curves"] = plots.curves(curves)
+    charts |= learning_charts(report, extras)
     spots = _spots(report, extras.metric)
     if len(spots) > 1:
         charts["cost"] = plots.trade_off(spots, "milliseconds an answer takes (p95)", extras.metric)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusion.compat import tf
+from fusion.types import History
 from recsys.collaborative.base import Member
 from recsys.metrics import Catalogue, Metric, RankedLists
 from recsys.significance import interval, paired_difference, point
@@ -69,6 +70,11 @@ def significance(values: Values, rule: str, member: str, samples: int, seed: int
         for metric, value in ours.items()
         if isinstance(value, np.ndarray) and isinstance(other := theirs[metric], np.ndarray)
     }
+
+
+def pace_of(history: History | None) -> dict[str, float]:
+    """`samples_per_s` of training and `input_wait`, the share of it spent waiting for a batch; {} without steps."""
+    return {key: round(value, 4) for key, value in history.pace().items()} if history else {}
 
 
 def member_cost(member: Member, train_seconds: float, history: int = 32, calls: int = 50) -> dict[str, Any]:

@@ -81,8 +81,13 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, folder: Path, *, quiet: bool = False, export: dict[str, Any] | None = None) -> Run:
-        """A run that exists, by its folder or by `<root>/<name>/latest`; `export` overrides keys of its export."""
+    def open(
+        cls, folder: Path, *, quiet: bool = False, export: dict[str, Any] | None = None, as_trained: bool = False
+    ) -> Run:
+        """A run that exists, by its folder or by `<root>/<name>/latest`; `export` overrides keys of its export.
+
+        Its devices are those of this machine, unless it is opened `as_trained`, to take part in its training.
+        """
         from recsys.settings import parse_experiment
 
         config = folder / CONFIG
@@ -92,8 +97,9 @@ class Run:
             )
         settings = parse_yaml(config.read_text(encoding="utf-8"), str(config))
         # What is left to do needs no cluster, and perhaps another machine than the one that trained.
-        here = {"strategy": {"kind": "default", "devices": []}}
-        experiment = parse_experiment(merge(settings, {"export": export or {}, **here}))
+        if not as_trained:
+            settings.pop("strategy", None)
+        experiment = parse_experiment(merge(settings, {"export": export or {}}))
         return cls(folder.resolve(), experiment, quiet=quiet)
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fusion.config import Settings, content_hash, parse, part_of
+from fusion.config import Part, Settings, content_hash, parse, part_of
 from fusion.errors import ConfigError
 from fusion.registry import nearest
 from fusion.rules import RULES
@@ -18,7 +19,7 @@ from fusion.training.strategy import StrategySettings, check_batch, check_strate
 from fusion.types import Over
 from recsys.cleaning import CleaningSettings
 from recsys.collaborative import MEMBERS
-from recsys.copies import expand_copies
+from recsys.copies import SoupSettings, check_soups, expand_copies
 from recsys.core import CONTEXT
 from recsys.datasets import READERS
 from recsys.joint import JointTraining, check_joint
@@ -110,6 +111,8 @@ class Experiment(Settings):
     """What is dropped before anything else."""
     split: SplitSettings = SplitSettings()
     """Which rows are for training, validation and test."""
+    soups: dict[str, SoupSettings] = Field(default_factory=dict)
+    """Members whose weights are the mean of several copies; `copies: 5` with `aggregate` in a member says the same."""
     rules: dict[str, part_of(RULES)] = Field(min_length=1)  # type: ignore[valid-type]
     """The fusion rules to compare, by name."""
     out_of_fold: OutOfFoldSettings = OutOfFoldSettings()
@@ -194,7 +197,64 @@ class Experiment(Settings):
                         check_training(training, member.registry[member.kind].accelerations, self.strategy)
             except ConfigError as error:
                 raise ConfigError(f"members.{name}: {error}") from None
+        check_soups(self.soups, self.members, self.training.mode)  # type: ignore[attr-defined]
+        _check_processes(self.training, self.strategy)  # type: ignore[attr-defined]
+        _check_placement(self.members, self.training, self.strategy)  # type: ignore[attr-defined]
         check_strategy(self.strategy)  # last: it asks the machine, all others ask the config alone
+
+    def _check_joint_loop(self) -> None:
+        """Raises ConfigError where the strategy cannot train members together as `training` says."""
+        training: Any = self.training  # type: ignore[attr-defined]
+        if training.mode == "separate":
+            return
+        if self.strategy.kind == "parameter_server":
+            raise ConfigError(
+                "training.mode joint must go with a strategy whose devices step together (default, mirrored, "
+                "multi_worker); received strategy.kind parameter_server. Take one of these, or mode separate."
+            )
+        check_batch(training.batch_size, self.strategy)
+        check_training(training, (), self.strategy)
+
+
+_ONE_PROCESS = {
+    "multi_worker": "whose processes train every member together",
+    "parameter_server": "whose processes train every member together",
+    "tpu": "because a TPU belongs to one process",
+}
+"""Why a strategy goes with one process that fits members."""
+
+
+def _check_processes(training: Any, strategy: StrategySettings) -> None:
+    """Raises ConfigError where members cannot be fitted by several processes at a time."""
+    if training.processes == 1:
+        return
+    if training.mode == "joint":
+        raise ConfigError(
+            "training.processes must be 1 with training.mode joint, where one graph holds the members; received "
+            f"{training.processes}. Leave it out, or take mode separate."
+        )
+    if strategy.kind in _ONE_PROCESS:
+        raise ConfigError(
+            f"training.processes must be 1 with strategy.kind {strategy.kind}, {_ONE_PROCESS[strategy.kind]}; received "
+            f"{training.processes}. Leave it out, or take strategy.kind default."
+        )
+
+
+def _check_placement(members: Mapping[str, Part], training: Any, strategy: StrategySettings) -> None:
+    """Raises ConfigError where `strategy.placement` names what cannot be placed."""
+    if strategy.placement and training.mode == "joint":
+        raise ConfigError(
+            "strategy.placement must be left out with training.mode joint, where one graph holds the members; received "
+            f"{', '.join(strategy.placement)}. Take mode separate."
+        )
+    for name in strategy.placement:
+        if name not in members:
+            raise ConfigError(f"strategy.placement names the unknown member '{name}': {nearest(name, members)}")
+        if not hasattr(members[name].config, "training"):
+            raise ConfigError(
+                f"strategy.placement must name members that are trained in steps; '{name}' ({members[name].kind}) is "
+                "reckoned on the CPU. Leave it out."
+            )
 
 
 class RecommendationExperiment(Experiment):
@@ -220,8 +280,7 @@ class RecommendationExperiment(Experiment):
                 "Leave it out."
             )
         check_joint(self.members, self.training)
-        check_batch(self.training.batch_size, self.strategy)
-        check_training(self.training, (), self.strategy)
+        self._check_joint_loop()
         for name, grid in self.tuning.items():
             if name not in self.members:
                 raise ConfigError(f"tuning names the unknown member '{name}': {nearest(name, self.members)}")
@@ -267,14 +326,7 @@ class ClassificationExperiment(Experiment):
         """As `Experiment.check`; joint training must have members and a rule to train through."""
         super().check()
         check_joint_classifiers(self.members, self.rules, self.training)
-        if self.training.mode == "joint":
-            if self.strategy.kind == "parameter_server":
-                raise ConfigError(
-                    "training.mode joint must go with a strategy whose devices step together (default, mirrored, "
-                    "multi_worker); received strategy.kind parameter_server. Take one of these, or mode separate."
-                )
-            check_batch(self.training.batch_size, self.strategy)
-            check_training(self.training, (), self.strategy)
+        self._check_joint_loop()
 
     def _task_metrics(self) -> tuple[str, ...]:
         return CLASS_METRICS
@@ -299,9 +351,8 @@ def parse_experiment(config: dict[str, Any]) -> Any:
         raise ConfigError(f"task: unknown task '{task}': {nearest(str(task), TASKS)}")
     members, default = (MEMBERS, None) if task == "recommendation" else (CLASSIFIERS, "neural")
     config = with_preset(config)
-    if task == "classification":
-        config = expand_encoders(config)
-    experiment = parse(TASKS[task], expand_copies(config, members, default))
+    config = expand_copies(expand_encoders(config, members, default), members, default)
+    experiment = parse(TASKS[task], config)
     experiment.check()
     return experiment
 

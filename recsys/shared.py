@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from fusion.errors import ConfigError
-from fusion.registry import nearest
-from fusion.training.member import CLASSIFIERS
+from fusion.registry import Registry, nearest
 
 KEY = "encoders"
 
 
-def expand_encoders(config: dict[str, Any]) -> dict[str, Any]:
+def expand_encoders(config: dict[str, Any], registry: Registry, default: str | None = None) -> dict[str, Any]:
     """The config with its encoders written out in the members that name them.
 
     `encoders: {bert: {...}}`, and `encoder: bert` in two members, stand for that encoder in each of them with
     `share: bert`, so that it is one object in joint training. Members of a kind that does not train its encoder get
     the settings alone.
+
+    Args:
+        config: as it was read.
+        registry: of the members.
+        default: the kind of a member that does not name its own.
 
     Raises ConfigError for an encoder that is not there, and for one that nobody names.
     """
@@ -33,7 +37,7 @@ def expand_encoders(config: dict[str, Any]) -> dict[str, Any]:
             if word not in encoders:
                 raise ConfigError(f"members.{name}.encoder: no encoder '{word}' under {KEY}: {nearest(word, encoders)}")
             settings = {**settings, "encoder": encoders[word]}
-            if "share" in CLASSIFIERS[settings.get("kind", "neural")].Config.model_fields:
+            if "share" in registry[str(settings.get("kind", default))].Config.model_fields:
                 settings["share"] = word
             idle.discard(word)
         expanded[name] = settings

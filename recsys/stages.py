@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+from fusion.config import Part
 from fusion.files import load_arrays, save_arrays, write_atomically
 from fusion.rules import RULES
 from fusion.rules.base import Rule
+from fusion.training.strategy import strategy_of
 from fusion.types import Over
-from recsys.fitting import Fitted, load_fitted
+from recsys.fitting import FitData, Fitted, fit_member, folder_of, load_fitted
+from recsys.plan import estimate
 from recsys.run import Run
 from recsys.schema import Dropped
 from recsys.served import rule_to_serve
+from recsys.soups import Judge, Recipe, fit_soup
+from recsys.tuning import Grid
+from recsys.warm_starts import warnings
+from recsys.workers import Job, Portion, work
 
 
 class Stages:
@@ -49,6 +57,101 @@ class Stages:
             for name, part in self.experiment.members.items()
         }
 
+    @property
+    def joined(self) -> list[str]:
+        """Names of the members that are trained together."""
+        raise NotImplementedError
+
+    def joint(self) -> dict[str, Any]:
+        """What joint training did: facts that it told, members, epochs, and by epoch the cosines of
+        `fusion.training.conflict`; empty where each member was trained by itself."""
+        if not self.joined:
+            return {}
+        facts = json.loads(self.run.path("submodels", self.joined[0], "member.json").read_text(encoding="utf-8"))
+        epochs = facts["history"]["epochs"]
+        measured = [name for name in epochs[0] if name.startswith("conflict/")]
+        return {
+            **facts.get("joint", {}),  # older runs do not tell
+            "members": self.joined,
+            "epochs": len(epochs),
+            "best_epoch": facts["history"]["best_epoch"] + 1,
+            "conflict": {name.removeprefix("conflict/"): [row[name] for row in epochs] for name in measured},
+        }
+
+    @property
+    def recipes(self) -> dict[str, Part]:
+        """By member the settings with which it is fitted on other rows than those of training."""
+        return {name: fitted.recipe for name, fitted in self.fitted.items()}
+
+    @property
+    def soups(self) -> dict[str, dict[str, Any]]:
+        """What became of the copies of each member that is the mean of several, see `recsys.soups.fit_soup`."""
+        return {name: fitted.soup for name, fitted in self.fitted.items() if fitted.soup}
+
+    def fit(self, name: str, part: Part, data: FitData) -> Fitted:
+        """The member `name` by the settings `part`, fitted or out of the cache."""
+        given: dict[str, Any] = {"strategy": strategy_of(self.experiment.strategy, name), "quiet": self.run.quiet}
+        if recipe := self._soup(name, part, data):
+            return fit_soup(recipe, data, self.experiment.seed, **given)
+        return fit_member(name, part, data, self.experiment.seed, **given)
+
+    def _soup(self, name: str, part: Part, data: FitData) -> Recipe | None:
+        """How the member is averaged out of copies, if it is."""
+        if name not in self.experiment.soups:
+            return None
+        judge = self.judge(name, data)
+        known = None if judge else (self.fitted[name].soup or {}).get("copies")
+        return Recipe(name, part, self.experiment.soups[name], judge, known)
+
+    def _folder(self, name: str, part: Part, data: FitData) -> Path:
+        """Where the cache keeps the member once it is fitted."""
+        recipe = self._soup(name, part, data)
+        seed = self.experiment.seed
+        return recipe.folder(data, seed) if recipe else folder_of(name, part, data, seed)
+
+    def judge(self, name: str, data: FitData) -> Judge | None:
+        """What copies of the member are compared by on the validation rows of `data`; None where it has none."""
+        raise NotImplementedError
+
+    def portion_data(self, portion: Portion, name: str) -> FitData:
+        """The rows of a portion as the member `name` is fitted on them."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """Users, items, rows to be fitted on, and texts or images: what the time of a fit goes with."""
+        raise NotImplementedError
+
+    def _fit_ahead(
+        self, portions: Sequence[Portion], parts: Mapping[str, Part], grids: Mapping[str, Grid] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Where `training.processes` asks for several processes, these now fit what does not lie in the cache yet.
+
+        Returns by member of `grids` what the search for its settings found (see `recsys.worker.answer`): nothing where
+        this process is to do everything itself.
+        """
+        processes = self.experiment.training.processes
+        if processes == 1:
+            return {}
+        jobs = []
+        for portion in portions:
+            for name, part in parts.items():
+                grid = (grids or {}).get(name, {})
+                folder = self._folder(name, part, self.portion_data(portion, name))
+                if grid or not folder.exists():
+                    seconds = self._seconds(name, part) * max(1, sum(map(len, grid.values())))
+                    jobs.append(Job(name, part, portion, "" if grid else folder.name, seconds, grid))
+        answers = work(jobs, processes, self.run.folder, quiet=self.run.quiet)
+        return {job.name: answer for job, answer in zip(jobs, answers, strict=True) if job.grid}
+
+    def _seconds(self, name: str, part: Part) -> float:
+        """About how long a fit takes: as long as the one on the training rows did, or what `recsys.plan` expects."""
+        kept = self.run.folder / "submodels" / name / "member.json"
+        if kept.is_file():
+            return float(json.loads(kept.read_text(encoding="utf-8"))["seconds"])
+        expected = estimate(part, *self.size)
+        return float(expected["embed_s"] + expected["fit_s"])
+
     def _new_rules(self) -> dict[str, Rule]:
         return {name: self._new_rule(name) for name in self.experiment.rules}
 
@@ -81,6 +184,11 @@ class Stages:
     def rule_to_serve(self, name: str) -> Rule:
         """The rule, or the member alone, over just the members that its answers need."""
         return rule_to_serve(self.rules, name, self.OVER, self.everybody)
+
+    def warm_starts(self, split: str) -> Iterable[str]:
+        """What a reader must know of members that started from others; `split` is the hash of this run's."""
+        refitted = self.experiment.fits_out_of_fold > 0 and any(rule.learned for rule in self.rules.values())
+        return warnings({n: f.start for n, f in self.fitted.items()}, split, refitted_rules=refitted)
 
     @property
     def rule_reports(self) -> dict[str, dict[str, Any]]:

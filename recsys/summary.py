@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from recsys import served
+from recsys import served, soups
 from recsys.controls import alarms
 from recsys.report_words import reference_sentences, verdict
 
@@ -47,6 +47,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
         verdict(report, primary).sentence,
         *reference_sentences(report),
         *served.sentences(report),
+        *soups.sentences(report),
         *alarms(report),
         f"page: {folder / 'report.html'}",
     ]

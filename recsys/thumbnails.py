@@ -19,6 +19,8 @@ Picture = str | os.PathLike[str] | np.ndarray | None
 
 SIDE = 168
 """Pixels; twice what the page shows, for dense screens."""
+GLOW = (194, 81, 47)
+"""The colour (red, green, blue) laid over the regions of a picture that decided."""
 
 
 class Thumbnail(NamedTuple):
@@ -44,6 +46,12 @@ def thumbnails(pictures: Sequence[Picture]) -> list[Thumbnail | None]:
         if isinstance(picture, str | os.PathLike) and os.fspath(picture):
             result[index] = _of_file(Path(picture))
     return result
+
+
+def aglow(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """An image uint8 `[H, W, 3]` in grey, coloured where `heat` `[H, W]`, from 0 to 1, is high; of the same form."""
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+    return np.rint(grey + 0.8 * heat[:, :, None] * (np.array(GLOW) - grey)).astype(np.uint8)
 
 
 def _of_file(path: Path) -> Thumbnail | None:

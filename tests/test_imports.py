@@ -16,7 +16,7 @@ KERAS = ("keras", "tf_keras", "tensorflow_recommenders", "tensorflow_model_optim
 LAYERS = (
     ("errors", "registry"),
     ("compat", "config", "types", "files", "progress"),
-    ("images", "trees", "augmentation"),
+    ("images", "trees", "augmentation", "initializers"),
     ("submodels", "rules", "estimators"),
     ("embeddings", "explain"),
     ("activations",),

@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from command_line import ROOT, Ended, finished_runs, run_tool, start_tool
+from command_line import ROOT, Ended, alive, children, finished_runs, run_tool, start_tool, until
 from fusion.training import local_cluster
 from fusion.training.local_cluster import environment, places, processes, run_cluster
 
@@ -35,8 +35,8 @@ def test_every_process_gets_a_place_of_its_own() -> None:
     assert [config["task"]["type"] for config in configs] == ["chief", "worker", "worker", "ps", "ps"]
     assert all(config["cluster"] == configs[0]["cluster"] for config in configs)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert environment("x", cpus or 1)["TF_NUM_INTRAOP_THREADS"] == "1"
-    assert environment("x", 1)["TF_NUM_INTRAOP_THREADS"] == str(cpus) and environment("x", 1)["TF_CONFIG"] == "x"
+    assert environment(cpus or 1)["TF_NUM_INTRAOP_THREADS"] == "1"
+    assert environment(1)["TF_NUM_INTRAOP_THREADS"] == str(cpus) and environment(1, TF_CONFIG="x")["TF_CONFIG"] == "x"
 
 
 def test_the_leader_decides_how_it_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +67,14 @@ def test_a_lost_worker_of_parameter_servers_is_told_and_missed_by_nobody(
     assert "worker 0 ended with exit code -9" in capfd.readouterr().err
 
 
+def test_the_exit_code_is_of_what_ended_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I1: not that of a worker that was lost before and not missed; a signal is told as shells do."""
+    monkeypatch.setattr(local_cluster, "GRACE_SECONDS", 0.2)
+    lost = "os.kill(os.getpid(), 9)"
+    assert run_cluster(script(worker_0=lost, ps_0="time.sleep(1); sys.exit(5)"), 1, 1, tmp_path) == 5
+    assert run_cluster(script(ps_0=lost), 1, 1, tmp_path) == 128 + 9
+
+
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in our own code ends all of them, also one that does not want to."""
     monkeypatch.setattr(local_cluster, "_END_SECONDS", 0.5)
@@ -95,28 +103,6 @@ def test_processes_end_with_the_tool(number: signal.Signals, tmp_path: Path) -> 
         tool.communicate()
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_numbers_of_processes_are_checked() -> None:
     for arguments in (["--workers", 0], ["--ps", -1]):
         assert run_tool("launch", ROOT / "configs/smoke.yaml", *arguments).code == 2
@@ -126,6 +112,7 @@ def test_numbers_of_processes_are_checked() -> None:
 
 KERAS = {
     "factorization": {"kind": "matrix_factorization", "factors": 8},
+    "rows": {"kind": "matrix_factorization", "factors": 8, "together": 4},
     "bpr": {"kind": "matrix_factorization", "factors": 8, "loss": "bpr"},
     "light_gcn": {"kind": "light_gcn", "factors": 8},
     "two_tower": {"kind": "two_tower"},

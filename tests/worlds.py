@@ -17,6 +17,7 @@ from recsys.collaborative.base import Member, TrainingData
 from recsys.core import MemberScores
 from recsys.datasets.planted import Planted
 from recsys.evaluation import Question, Ranker, question, validator
+from recsys.joint import JointTraining, train_jointly
 from recsys.metrics import RankedLists, parse_metric
 from recsys.schema import TEST, TRAIN, VALIDATION, Interactions
 from recsys.splits import SplitSettings, split
@@ -69,6 +70,24 @@ def fitted(settings: dict[str, Any], data: TrainingData, folder: Path, seed: int
     member = member_part(settings).make(seed)
     member.fit(data, RunOptions(seed, folder, quiet=True))
     return member
+
+
+def joint_members(folder: Path, strategy: Any = None) -> dict[str, Any]:
+    """What two members learned together, by plain gradient steps without dropout, and how their gradients agreed."""
+    training = {"optimizer": "sgd", "learning_rate": 0.5}
+    encoder = {"kind": "text_tfidf", "dimensions": 8}
+    settings: dict[str, dict[str, Any]] = {
+        "factorization": {"kind": "matrix_factorization", "factors": 4},
+        "words": {"kind": "content", "encoder": encoder, "columns": ["text"], "dimensions": 8},
+    }
+    members = {n: member_part({**part, "dropout": 0.0, "training": training}).make(3) for n, part in settings.items()}
+    data = replace(World.planted(users=80, items=40).training(folder / "cache"), validate=lambda _: {"ndcg@10": 0.0})
+    joint = JointTraining(mode="joint", epochs=2, batch_size=64, member_dropout=0.0, weights="learned")
+    history, _ = train_jointly(members, joint, data, RunOptions(5, folder / "run", strategy, quiet=True))
+    learned = [member.state()[name].ravel() for member in members.values() for name in ("history_table", "item_table")]
+    conflict = {name: value for name, value in history.epochs[0].items() if name.startswith("conflict/")}
+    losses = [row["train_loss"] for row in history.epochs]
+    return {"learned": np.concatenate(learned).tolist(), "losses": losses, "conflict": conflict}
 
 
 def member_part(settings: dict[str, Any]) -> Part:

@@ -14,7 +14,9 @@ EXAMPLES = """  python tools/benchmark.py --world gowalla-size
   python tools/benchmark.py scoring
   python tools/benchmark.py scoring --users 5000 --items 9000 -k 10 --json
   python tools/benchmark.py retrieval --items 1000000
-  python tools/benchmark.py towers --on gowalla-size --epochs 8
+  python tools/benchmark.py towers --on gowalla-size --epochs 5
+  python tools/benchmark.py pipeline
+  python tools/benchmark.py pipeline --cases image image_augmented --rounds 3 --json
 """
 
 
@@ -44,11 +46,17 @@ def main() -> int:
     towers.add_argument("--on", metavar="NAME", default="gowalla-size", help="a made-up data set (as for --world)")
     towers.add_argument("--factors", type=cli.positive, default=64)
     towers.add_argument("--batch", type=cli.positive, default=1024)
-    towers.add_argument("--epochs", type=cli.positive, default=8)
+    towers.add_argument("--epochs", type=cli.positive, default=5)
     towers.add_argument("--json", action="store_true", help="print JSON")
+    pipeline = commands.add_parser("pipeline", help="whether the input keeps up: batches alone, steps alone, and both")
+    pipeline.add_argument("--cases", nargs="+", metavar="CASE", help="factorisation, text, image, ... (default: all)")
+    pipeline.add_argument("--on", metavar="NAME", default="gowalla-size", help="a made-up data set, for the pairs")
+    pipeline.add_argument("--rounds", type=cli.positive, default=5, help="turns of the three (default: 5)")
+    pipeline.add_argument("--seconds", type=float, default=3.0, help="of a turn (default: 3)")
+    pipeline.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if (args.world is None) == (args.command is None):
-        parser.error("either --world NAME or a command (scoring, retrieval, towers) must be given")
+        parser.error("either --world NAME or a command (scoring, retrieval, towers, pipeline) must be given")
 
     # Numerical libraries read these when they are loaded: kernels of an old processor measure nothing.
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
@@ -63,6 +71,10 @@ def main() -> int:
         from recsys.tower_benchmark import measure_towers
 
         result = measure_towers(args.on, factors=args.factors, batch=args.batch, epochs=args.epochs)
+    elif args.command == "pipeline":
+        from recsys.pipeline_benchmark import CASES, measure_pipelines
+
+        result = measure_pipelines(args.cases or tuple(CASES), world=args.on, rounds=args.rounds, seconds=args.seconds)
     else:
         members = benchmarks.FITTED if args.members is None else args.members
         result = benchmarks.measure_world(

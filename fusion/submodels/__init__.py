@@ -11,6 +11,7 @@ SUBMODELS = Registry(
         "text_convolution": "fusion.submodels.text_convolution:TextConvolution",
         "text_recurrent": "fusion.submodels.text_recurrent:TextRecurrent",
         "image_efficientnet": "fusion.submodels.image_efficientnet:ImageEfficientNet",
+        "image_backbone": "fusion.submodels.image_backbone:ImageBackbone",
         "image_cnn": "fusion.submodels.image_cnn:ImageCnn",
         "dense": "fusion.submodels.dense:Dense",
     },

@@ -16,6 +16,7 @@ import pydantic
 from fusion.compat import keras, tf
 from fusion.config import Settings, content_hash
 from fusion.errors import ConfigError, DataError
+from fusion.submodels.warm_start import WarmStart
 from fusion.types import Features
 
 FineTune = Annotated[int, pydantic.Field(ge=0)] | Literal["all"]
@@ -40,12 +41,30 @@ class Submodel(abc.ABC):
     modality: ClassVar[Literal["text", "image", "tabular"]]
     not_in_fingerprint: ClassVar[frozenset[str]] = frozenset({"fine_tune", "dropout"})
     """Settings that the embedding of a value does not depend on, once the weights are given."""
+    explained: ClassVar[bool] = True
+    """Whether `fusion.explain` can say which words, or which regions, an answer hangs on."""
 
     def __init__(self, config: Any, seed: int) -> None:
         self.config = config
         self.seed = seed
         self._encoder: keras.Model | None = None
         self._inference: tuple[keras.Model, Any] | None = None
+        self._start: WarmStart | None = None
+
+    def start_from(self, start: WarmStart) -> None:
+        """Takes what another member's encoder adapted in place of adapting, and, when it is built, its weights.
+
+        Raises ConfigError where the one or the other cannot be (see `WarmStart`).
+        """
+        start.check(self)
+        if start.adapted:
+            self.load_state(start.adapted)
+        self._start = start
+
+    def adapt_to(self, values: Sequence[Any]) -> None:
+        """`adapt`, unless it started from another member, whose vocabulary its weights belong to."""
+        if self._start is None or not self._start.adapted:
+            self.adapt(values)
 
     def adapt(self, values: Sequence[Any]) -> None:  # noqa: B027  (most encoders have nothing to fit)
         """Fits what has to be fitted before training, such as a vocabulary, on **training** values only."""
@@ -93,6 +112,8 @@ class Submodel(abc.ABC):
         if self._encoder is None:
             self._encoder = self._build()
             self.unfreeze()
+            if self._start is not None:
+                self._start.give_encoder(self._encoder.layers)
         return self._encoder
 
     def encode(self, features: Features) -> np.ndarray:
@@ -160,7 +181,7 @@ class Pretrained(Submodel):
     encoder is called once, with nothing but tensors.
     """
 
-    by_row: ClassVar[bool] = True
+    by_row: bool = True
     """Whether every tensor of the encoder has the leading axis B, so that what leaves a trunk can be kept by row."""
 
     def __init__(self, config: Any, seed: int) -> None:

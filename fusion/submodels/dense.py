@@ -17,6 +17,7 @@ import pydantic
 from fusion.compat import keras
 from fusion.config import Settings
 from fusion.errors import DataError
+from fusion.initializers import Initializer, initializer
 from fusion.registry import nearest
 from fusion.submodels.base import Submodel
 from fusion.types import Features, derive_seed
@@ -55,6 +56,8 @@ class Dense(Submodel):
         """The non-linearity after each layer."""
         dropout: float = pydantic.Field(0.1, ge=0, lt=1)
         """Share of units dropped after each layer in training."""
+        initializer: Initializer = "glorot_uniform"
+        """How the weights of the layers start."""
         clip: float = pydantic.Field(0.01, ge=0, lt=0.5)
         """Numbers beyond these quantiles of training, at both ends, count as the quantile; 0 takes the extremes."""
         max_categories: int = pydantic.Field(100, ge=1, le=10_000)
@@ -190,8 +193,8 @@ class Dense(Submodel):
         encoder.get_layer("category_vectors" if vectors else "one_hot").set_weights([table])
 
     def _layer(self, x: Any, name: str, width: int) -> Any:
-        initializer = keras.initializers.GlorotUniform(seed=derive_seed(self.seed, "dense", name))
-        x = layers.Dense(width, kernel_initializer=initializer, name=name)(x)
+        weights = initializer(self.config.initializer, derive_seed(self.seed, "dense", name))
+        x = layers.Dense(width, kernel_initializer=weights, name=name)(x)
         x = layers.Activation(self.config.activation, name=f"{name}_{self.config.activation}")(x)
         if self.config.dropout == 0:
             return x

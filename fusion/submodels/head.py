@@ -8,6 +8,7 @@ import pydantic
 
 from fusion.compat import keras
 from fusion.config import Settings
+from fusion.initializers import Initializer, initializer
 from fusion.types import derive_seed
 
 layers = keras.layers
@@ -20,6 +21,10 @@ class HeadSettings(Settings):
     """Widths of the hidden layers; none makes a linear classifier."""
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     """Share of inputs that each Dense layer loses in training."""
+    initializer: Initializer = "glorot_uniform"
+    """How the weights of the hidden layers start."""
+    logits_initializer: Initializer = "glorot_uniform"
+    """How the weights of the last layer start."""
 
 
 def head(dimensions: int, classes: int, config: HeadSettings, seed: int = 0) -> keras.Model:
@@ -27,11 +32,13 @@ def head(dimensions: int, classes: int, config: HeadSettings, seed: int = 0) -> 
     features = layers.Input((dimensions,), name="embedding")
     x = features
     for number, width in enumerate(config.hidden):
-        x = _dense(_drop(x, f"head_dropout{number}", config.dropout, seed), f"head_dense{number}", width, seed)
+        x = _drop(x, f"head_dropout{number}", config.dropout, seed)
+        x = _dense(x, f"head_dense{number}", width, config.initializer, seed)
         x = layers.ReLU(name=f"head_relu{number}")(x)
     x = _drop(x, "head_dropout", config.dropout, seed)
     # A softmax needs the range of float32, whatever precision the rest is built in.
-    return keras.Model(features, _dense(x, "logits", classes, seed, dtype="float32"), name="head")
+    logits = _dense(x, "logits", classes, config.logits_initializer, seed, dtype="float32")
+    return keras.Model(features, logits, name="head")
 
 
 def classifier(encoder: keras.Model, head: keras.Model) -> keras.Model:
@@ -46,9 +53,11 @@ def classifier(encoder: keras.Model, head: keras.Model) -> keras.Model:
     return keras.Model(encoder.inputs, {"logits": x, "embedding": encoder.output}, name=f"{encoder.name}_classifier")
 
 
-def _dense(x: keras.KerasTensor, name: str, width: int, seed: int, dtype: str | None = None) -> keras.KerasTensor:
-    initializer = keras.initializers.GlorotUniform(seed=derive_seed(seed, "head", name))
-    return layers.Dense(width, kernel_initializer=initializer, dtype=dtype, name=name)(x)
+def _dense(
+    x: keras.KerasTensor, name: str, width: int, start: Initializer, seed: int, dtype: str | None = None
+) -> keras.KerasTensor:
+    weights = initializer(start, derive_seed(seed, "head", name))
+    return layers.Dense(width, kernel_initializer=weights, dtype=dtype, name=name)(x)
 
 
 def _drop(x: keras.KerasTensor, name: str, rate: float, seed: int) -> keras.KerasTensor:

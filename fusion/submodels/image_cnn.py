@@ -9,7 +9,9 @@ import pydantic
 
 from fusion.compat import keras, tf
 from fusion.config import Settings
+from fusion.initializers import Initializer, initializer
 from fusion.submodels.base import Submodel, check_images
+from fusion.submodels.image_features import Views, embedding, seen
 from fusion.types import Features, derive_seed
 
 layers = keras.layers
@@ -31,6 +33,10 @@ class ImageCnn(Submodel):
         """Filters of each block; the last is the length of the embedding."""
         dropout: float = pydantic.Field(0.1, ge=0, lt=1)
         """Share of whole feature maps dropped after each block in training."""
+        initializer: Initializer = "he_normal"
+        """How the weights of the convolutions start."""
+        views: Views = Views()
+        """Further views of an image, over which the embedding is averaged."""
 
         @pydantic.model_validator(mode="after")
         def _pooling_leaves_pixels(self) -> ImageCnn.Config:
@@ -56,19 +62,17 @@ class ImageCnn(Submodel):
 
     def _build(self) -> keras.Model:
         image = layers.Input((self.config.image_size, self.config.image_size, 3), dtype="uint8", name="image")
-        x = layers.Rescaling(1 / 127.5, offset=-1.0, name="rescaling")(image)
+        x = layers.Rescaling(1 / 127.5, offset=-1.0, name="rescaling")(seen(image, self.config.views))
         for number, width in enumerate(self.config.widths):
             if number > 0:
                 x = layers.MaxPooling2D(name=f"block{number}_pool")(x)
             x = self._block(x, f"block{number}", width)
-        return keras.Model(image, layers.GlobalAveragePooling2D(name="embedding", dtype="float32")(x), name="image_cnn")
+        return keras.Model(image, embedding([x], self.config.views), name="image_cnn")
 
     def _block(self, x: Any, name: str, width: int) -> Any:
         # No bias, because BatchNormalization has one; the activation is a layer of its own, as TFMOT folds it.
-        initializer = keras.initializers.HeNormal(seed=derive_seed(self.seed, "image_cnn", name))
-        x = layers.Conv2D(
-            width, 3, padding="same", use_bias=False, kernel_initializer=initializer, name=f"{name}_conv"
-        )(x)
+        weights = initializer(self.config.initializer, derive_seed(self.seed, "image_cnn", name))
+        x = layers.Conv2D(width, 3, padding="same", use_bias=False, kernel_initializer=weights, name=f"{name}_conv")(x)
         # Copies on several devices share their statistics, so that these are of the whole batch.
         shared = tf.distribute.get_strategy().num_replicas_in_sync > 1
         x = layers.BatchNormalization(momentum=0.9, synchronized=shared, name=f"{name}_bn")(x)

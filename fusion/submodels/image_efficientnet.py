@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with ImageNet weights: images uint8 `[B, H, W, 3]` -> 1280 pooled features.
+"""EfficientNet-Lite0 with ImageNet weights: images uint8 `[B, H, W, 3]` -> pooled features, 1280 by default.
 
 The architecture is that of Tan and Le (https://arxiv.org/abs/1905.11946) in the Lite variant: no squeeze-and-excite,
 ReLU6 instead of swish. The weights were trained in TensorFlow and published in a PyTorch file; of the paddings and
@@ -20,6 +20,7 @@ from fusion.compat import keras
 from fusion.config import Settings
 from fusion.errors import GateError
 from fusion.submodels.base import FineTune, Pretrained, check_images
+from fusion.submodels.image_features import LayerNames, Views, chosen_maps, embedding, maps_of, seen
 from fusion.submodels.torch_weights import read_tensors
 from fusion.submodels.wheels import wheel_path
 from fusion.types import Features, derive_seed
@@ -64,6 +65,11 @@ class ImageEfficientNet(Pretrained):
         """Where training starts: ImageNet's weights, or random ones."""
         fine_tune: FineTune = 0
         """What is trained: 0 nothing (features are computed once), n the last n of 18 blocks, all everything."""
+        layers: LayerNames = ()
+        """Layers, or blocks (stem, block0 to block15, head), whose maps of features are averaged and laid side by
+        side; the last one where none is named."""
+        views: Views = Views()
+        """Further views of an image, over which the embedding is averaged."""
 
         @pydantic.model_validator(mode="after")
         def _random_weights_are_trained(self) -> ImageEfficientNet.Config:
@@ -71,13 +77,19 @@ class ImageEfficientNet(Pretrained):
                 raise ValueError("weights: none must be trained, so it needs fine_tune: all")
             return self
 
+    def __init__(self, config: Any, seed: int) -> None:
+        super().__init__(config, seed)
+        self.by_row = config.views.count == 1
+
     def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
         """Images uint8 `[N, image_size, image_size, 3]` -> `{"image": the same}`; scaling is in the encoder."""
         return {"image": check_images(values, self.config.image_size)}
 
     def _build(self) -> keras.Model:
-        image, features = _backbone(self.config.image_size, self.seed)
-        encoder = keras.Model(image, features, name="image_efficientnet")
+        views = self.config.views
+        image = _image(self.config.image_size)
+        chosen = chosen_maps(maps_of(_backbone(seen(image, views), self.seed)), self.config.layers)
+        encoder = keras.Model(image, embedding(chosen, views), name="image_efficientnet")
         if self.config.weights == "imagenet":
             _load_imagenet(encoder)
         return encoder
@@ -93,15 +105,19 @@ class ImageEfficientNet(Pretrained):
 
 def imagenet_classifier(image_size: int = 224) -> keras.Model:
     """The whole classifier, uint8 `[B, H, W, 3]` -> logits `[B, 1000]` in ImageNet's order; for checks."""
-    image, features = _backbone(image_size, seed=0)
+    image = _image(image_size)
+    features = embedding([_backbone(image, seed=0)], Views())
     classifier = keras.Model(image, layers.Dense(CLASSES, name="classes")(features))
     _load_imagenet(classifier)
     return classifier
 
 
-def _backbone(image_size: int, seed: int) -> tuple[Any, Any]:
-    """Input and pooled features `[B, 1280]` as Keras tensors; layer names begin with the name of their block."""
-    image = layers.Input((image_size, image_size, 3), dtype="uint8", name="image")
+def _image(size: int) -> Any:
+    return layers.Input((size, size, 3), dtype="uint8", name="image")
+
+
+def _backbone(image: Any, seed: int) -> Any:
+    """The last map of features `[B, H / 32, W / 32, 1280]`; layer names begin with the name of their block."""
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(image)
     x = _convolution(x, "stem_conv", "stem_bn", 32, kernel=3, stride=2, seed=seed)
     number = 0
@@ -110,8 +126,7 @@ def _backbone(image_size: int, seed: int) -> tuple[Any, Any]:
             stride = first_stride if repeat == 0 else 1
             x = _inverted_residual(x, f"block{number}", expansion, filters, kernel, stride, seed)
             number += 1
-    x = _convolution(x, "head_conv", "head_bn", FEATURES, kernel=1, stride=1, seed=seed)
-    return image, layers.GlobalAveragePooling2D(name="embedding", dtype="float32")(x)
+    return _convolution(x, "head_conv", "head_bn", FEATURES, kernel=1, stride=1, seed=seed)
 
 
 def _inverted_residual(

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -23,7 +23,7 @@ from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPEToken
 
 from fusion.compat import keras, tf
 from fusion.config import Settings, expand_path
-from fusion.errors import DataError
+from fusion.errors import ConfigError, DataError
 from fusion.submodels.base import FineTune, Pretrained, check_texts
 from fusion.submodels.wheels import check_sha256, wheel_path
 from fusion.types import Features, derive_seed
@@ -66,6 +66,9 @@ class TextBert(Pretrained):
         """Tokens read of each text, [CLS] and [SEP] among them; the rest is cut off."""
         pooling: Literal["mean", "cls"] = "mean"
         """How token vectors become one: their mean, or the vector of [CLS]."""
+        layers: tuple[Annotated[int, pydantic.Field(ge=0)], ...] = pydantic.Field((), max_length=97)
+        """Layers whose token vectors are pooled and laid side by side (Devlin et al. 2019, section 5.3), such as
+        [2, 4, 6]; 0 is the vectors before the first layer. None: the last layer. Layers above them are left out."""
         causal: bool = False
         """Whether a token sees only those before it, as in GPT; for weights that were trained so, or to train them."""
         normalise: bool = True
@@ -131,7 +134,7 @@ class TextBert(Pretrained):
         return super()._identity() + tokenizer
 
     def _build(self) -> keras.Model:
-        shape = read_shape(self.folder())
+        shape = _cut(read_shape(self.folder()), self.config.layers)
         if self.config.max_tokens > shape.positions:
             raise DataError(
                 f"max_tokens must be at most {shape.positions}, the positions that the weights in "
@@ -159,6 +162,18 @@ class TextBert(Pretrained):
         return list(blocks.values())
 
 
+def _cut(shape: BertShape, chosen: Sequence[int]) -> BertShape:
+    """The shape without the layers above those that are chosen. Raises ConfigError for one that is not there."""
+    if not chosen:
+        return shape
+    if max(chosen) > shape.num_hidden_layers or len(set(chosen)) < len(chosen):
+        raise ConfigError(
+            f"layers must be different numbers from 0 to {shape.num_hidden_layers}, the layers that the weights have; "
+            f"received {', '.join(map(str, chosen))}."
+        )
+    return shape.model_copy(update={"num_hidden_layers": max(chosen)})
+
+
 def padded_to(longest: int) -> int:
     """The length that texts are padded to: the longest, rounded up to a multiple of 8, at least 8."""
     return PAD_MULTIPLE * max(1, math.ceil(longest / PAD_MULTIPLE))
@@ -175,7 +190,7 @@ class BertShape(pydantic.BaseModel):
     model_type: Literal["bert", "roberta", "xlm-roberta"]
     vocab_size: int = pydantic.Field(ge=5, le=2_000_000)
     hidden_size: int = pydantic.Field(ge=1, le=8192)
-    num_hidden_layers: int = pydantic.Field(ge=1, le=96)
+    num_hidden_layers: int = pydantic.Field(ge=1, le=96)  # 0 where only the vectors before them are read
     num_attention_heads: int = pydantic.Field(ge=1, le=128)
     intermediate_size: int = pydantic.Field(ge=1, le=32768)
     max_position_embeddings: int = pydantic.Field(ge=4, le=65536)
@@ -303,10 +318,17 @@ def pooled_tokens(ids: Any, mask: Any, shape: BertShape, config: TextBert.Config
     x = AddPositions(config.max_tokens, name="embeddings_position")(x)
     x = layers.LayerNormalization(epsilon=shape.layer_norm_eps, name="embeddings_norm")(x)
     x = drop(x, "embeddings_dropout")
+    hidden = [x]
     for number in range(shape.num_hidden_layers):
-        x = _transformer_layer(x, mask, f"layer{number}", shape, config.causal, drop)
-    pool = {"name": last, "dtype": "float32"}
-    return MaskedMean(**pool)([x, mask]) if config.pooling == "mean" else FirstToken(**pool)(x)
+        hidden.append(_transformer_layer(hidden[-1], mask, f"layer{number}", shape, config.causal, drop))
+
+    def pooled(vectors: Any, name: str) -> Any:
+        pool = {"name": name, "dtype": "float32"}
+        return MaskedMean(**pool)([vectors, mask]) if config.pooling == "mean" else FirstToken(**pool)(vectors)
+
+    if len(config.layers) < 2:
+        return pooled(hidden[-1], last)
+    return layers.Concatenate(name=last, dtype="float32")([pooled(hidden[n], f"pooled{n}") for n in config.layers])
 
 
 class Dropouts:

@@ -8,7 +8,7 @@ al. 2019, arXiv:1910.10781).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -32,7 +32,7 @@ layers = keras.layers
 class TextBertLong(TextBert):
     """`text_bert` over several windows of a text."""
 
-    by_row: ClassVar[bool] = False  # windows are folded into the axis B
+    by_row = False  # windows are folded into the axis B
 
     class Config(TextBert.Config):
         """Settings of BERT over windows; `max_tokens` is the length of a window."""
@@ -76,6 +76,8 @@ class TextBertLong(TextBert):
     def lengths(self, features: Features) -> np.ndarray:
         """Windows of each row, int64 `[N]`."""
         return np.asarray(features["attention_mask"].any(axis=2).sum(axis=1, dtype=np.int64))
+
+    explained = False
 
     def pieces(self, text: str) -> list[str]:
         """Long documents are not explained word by word. Raises ValueError."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import pydantic
 
 from fusion.compat import keras
+from fusion.initializers import Initializer, initializer
 from fusion.submodels.text_words import WithoutPadding, WordEncoder, WordSettings
 
 layers = keras.layers
@@ -22,15 +23,17 @@ class TextConvolution(WordEncoder):
         """Lengths of the runs of words that filters look at."""
         filters: int = pydantic.Field(100, ge=1, le=2048)
         """Filters of each length; the embedding has one number for each filter."""
+        initializer: Initializer = "glorot_uniform"
+        """How the weights of the filters start."""
 
     def embed_words(self, vectors: Any, words: Any) -> Any:
         """As `WordEncoder.embed_words`. A filter sees zeros beyond the text, and is silent there."""
         vectors = WithoutPadding(name="words_only")([vectors, words])
         pooled = []
         for run in self.config.runs:
-            initializer = keras.initializers.GlorotUniform(seed=self._seed(f"run{run}"))
+            weights = initializer(self.config.initializer, self._seed(f"run{run}"))
             x = layers.Conv1D(
-                self.config.filters, run, padding="same", kernel_initializer=initializer, name=f"run{run}_conv"
+                self.config.filters, run, padding="same", kernel_initializer=weights, name=f"run{run}_conv"
             )(vectors)
             x = layers.ReLU(name=f"run{run}_relu")(x)
             # After ReLU nothing is below 0, so padding of 0 never is the maximum that counts.

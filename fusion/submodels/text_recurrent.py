@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from fusion.compat import keras
+from fusion.initializers import Initializer, initializer
 from fusion.submodels.text_words import WordEncoder, WordSettings
 
 layers = keras.layers
@@ -31,6 +32,10 @@ class TextRecurrent(WordEncoder):
         """Length of the state in each direction."""
         bidirectional: bool = True
         """Whether a second network reads the text backwards."""
+        initializer: Initializer = "glorot_uniform"
+        """How the weights of the words start."""
+        recurrent_initializer: Initializer = "orthogonal"
+        """How the weights of the state start."""
 
     def embed_words(self, vectors: Any, words: Any) -> Any:
         """As `WordEncoder.embed_words`."""
@@ -43,8 +48,8 @@ class TextRecurrent(WordEncoder):
     def _recurrent(self, name: str, *, reverse: bool = False) -> Any:
         cell = CELLS[self.config.cell](
             self.config.units,
-            kernel_initializer=keras.initializers.GlorotUniform(seed=self._seed(f"{name}/kernel")),
-            recurrent_initializer=keras.initializers.Orthogonal(seed=self._seed(f"{name}/recurrent")),
+            kernel_initializer=initializer(self.config.initializer, self._seed(f"{name}/kernel")),
+            recurrent_initializer=initializer(self.config.recurrent_initializer, self._seed(f"{name}/recurrent")),
             rng_type="stateful",  # a cell could drop inputs: where it keeps its random state, a checkpoint finds it
             force_generator=True,
         )

@@ -13,6 +13,7 @@ import pydantic
 from fusion.compat import keras, tf
 from fusion.config import Settings
 from fusion.errors import DataError
+from fusion.initializers import Initializer, initializer
 from fusion.submodels.base import Submodel, check_texts, padded_length
 from fusion.types import Features, derive_seed
 
@@ -35,6 +36,8 @@ class WordSettings(Settings):
     """How often a word must stand in the training texts to be kept."""
     word_dimensions: int = pydantic.Field(128, ge=1, le=1024)
     """Length of a word's vector."""
+    vectors_initializer: Initializer = "uniform"
+    """How words' vectors start."""
     dropout: float = pydantic.Field(0.2, ge=0, lt=1)
     """Share of the entries of words' vectors, and of the embedding, that training silences."""
 
@@ -125,7 +128,7 @@ class WordEncoder(Submodel):
         vectors = layers.Embedding(
             FIRST + len(self._vocabulary()),
             self.config.word_dimensions,
-            embeddings_initializer=keras.initializers.RandomUniform(-0.05, 0.05, seed=self._seed("vectors")),
+            embeddings_initializer=initializer(self.config.vectors_initializer, self._seed("vectors")),
             mask_zero=self.masked,
             name="vectors",
         )(words)

@@ -46,7 +46,7 @@ def mean_state(states: Mapping[str, State], weights: Mapping[str, float] | None 
     shares = _shares(names, weights)
     first = states[names[0]]
     for name in names[1:]:
-        _check_same(names[0], first, name, states[name])
+        check_same(names[0], first, name, states[name])
     result = {}
     for key, array in first.items():
         if array.dtype.kind != "f":
@@ -73,7 +73,7 @@ def greedy_soup(
     """
     order = sorted(states, key=lambda name: (-values[name], name))
     for name in order[1:]:
-        _check_same(order[0], states[order[0]], name, states[name])
+        check_same(order[0], states[order[0]], name, states[name])
     chosen, best = [order[0]], values[order[0]]
     for name in order[1:]:
         value = evaluate(mean_state({n: states[n] for n in [*chosen, name]}))
@@ -94,7 +94,15 @@ def _shares(names: Sequence[str], weights: Mapping[str, float] | None) -> np.nda
     return values / values.sum()
 
 
-def _check_same(one: str, first: State, other: str, second: State) -> None:
+def validation_weights(values: Mapping[str, float], higher_is_better: bool) -> dict[str, float]:
+    """What states weigh in a mean by what they reach on validation: the value, or 1 / value where low is good; all
+    alike where none reaches anything."""
+    if not any(values.values()):
+        return dict.fromkeys(values, 1.0)
+    return {name: value if higher_is_better else 1.0 / max(value, 1e-12) for name, value in values.items()}
+
+
+def check_same(one: str, first: State, other: str, second: State) -> None:
     """Raises DataError, naming the two shapes, unless both states are of one form."""
     differing = sorted(set(first) ^ set(second))
     if differing:

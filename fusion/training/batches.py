@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +22,8 @@ from fusion.compat import tf
 from fusion.errors import DataError
 from fusion.types import Features
 
-_AHEAD = 2
-"""Tasks gathered ahead per worker."""
+AHEAD = 2
+"""Tasks per worker that are begun before the first of them is taken."""
 
 _TASK_BYTES = 16 << 20
 """Several batches are gathered as one task only up to this size."""
@@ -130,19 +131,38 @@ class Block:
     def steps(self) -> int:
         return int(self.weights.shape[0])
 
+    @property
+    def samples(self) -> int:
+        """Rows of all its batches, those that only fill one up among them."""
+        return self.steps * int(self.weights.shape[1])
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors take."""
+        return sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in self.inputs.values())
+
 
 class Feed:
     """The batches of one epoch from `start` to `stop`, gathered by threads while the model trains.
 
-    Use it as a context manager; `next_blocks` returns an empty list when all are handed out.
+    Between the threads and whoever trains lies a bounded queue: of a slow trainer at most `AHEAD` tasks a worker lie
+    waiting, because a task is begun when one is taken. Batches come in the order of the epoch, each once, whichever
+    thread was faster, and an error of a thread is raised where its batch would have come.
+
+    Use it as a context manager; `next_blocks` returns an empty list when all are handed out. After the context no
+    thread is left, whether or not all batches were taken.
+
+    Attributes:
+        waited: seconds in which `next_blocks` had nothing to hand out yet.
     """
 
     def __init__(self, rows: Rows, plan: BatchPlan, order: np.ndarray, start: int, stop: int, workers: int) -> None:
         self._rows, self._plan, self._order = rows, plan, order
         self._next, self._stop = start, stop
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed")
-        self._ahead = _AHEAD * workers
+        self._ahead = AHEAD * workers
         self._pending: deque[Future[list[Block]]] = deque()
+        self.waited = 0.0
 
     def __enter__(self) -> Feed:
         return self
@@ -158,7 +178,12 @@ class Feed:
             until = min(self._next + steps, self._stop)
             self._pending.append(self._pool.submit(self._blocks, range(self._next, until)))
             self._next = until
-        return self._pending.popleft().result() if self._pending else []
+        if not self._pending:
+            return []
+        began = time.monotonic()
+        blocks = self._pending.popleft().result()
+        self.waited += time.monotonic() - began
+        return blocks
 
     def _blocks(self, positions: range) -> list[Block]:
         # Gathered batch by batch, not as one: what a batch holds, down to its padding, must not depend on how many

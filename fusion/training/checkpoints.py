@@ -132,6 +132,7 @@ class Checkpoints:
         model: keras.Model,
         optimizer: tf.Module | keras.optimizers.Optimizer,
         state: TrainingState,
+        average: tf.Module | None = None,
     ) -> None:
         self._directory = directory / "checkpoints"
         self._weights = changing_variables(model)
@@ -143,6 +144,7 @@ class Checkpoints:
             optimizer=optimizer,
             random=random_generators(model),
             state=self._holder,
+            **({} if average is None else {"average": average}),
         )
         self._manager = tf.train.CheckpointManager(self._checkpoint, str(self._directory), max_to_keep=_KEEP)
 

@@ -34,6 +34,9 @@ _PROBE_SECONDS = 2.0
 
 _GREETING_BYTES = 200
 
+_GREETING_SECONDS = 2.0
+"""How long a caller may take to say who it is; others wait behind it."""
+
 ANSWER_SECONDS = 3600.0
 """Longest wait for the others in one call. A process that has died is noticed by its heartbeat, in seconds; this is for
 one that lives and does nothing."""
@@ -143,15 +146,18 @@ def _receive(place: Place, own: str, deadline: float, seconds: float) -> None:
             try:
                 listener.settimeout(max(0.01, left))
                 caller = stack.enter_context(listener.accept()[0])
-                caller.settimeout(max(0.01, left))
-                name, topic = json.loads(caller.recv(_GREETING_BYTES))
             except TimeoutError:
                 where = ", ".join(f"{name} ({place.tasks[name]})" for name in place.tasks if name in missing)
                 raise MachineError(
                     f"all processes of the cluster must come within {seconds:g} s (strategy.start_seconds); still "
                     f"missing: {where}. Look at their output, then start all of them again."
                 ) from None
-            except (OSError, ValueError):
+            except OSError:  # the caller has gone already
+                continue
+            try:
+                caller.settimeout(_GREETING_SECONDS)
+                name, topic = json.loads(caller.recv(_GREETING_BYTES))
+            except (OSError, ValueError, TypeError):
                 continue  # a caller that is none of ours, such as a probe of the port
             if topic != json.loads(own)[1]:
                 for other in (*callers, caller):
@@ -302,8 +308,11 @@ def _reason(text: str) -> str:
     return (lines or [text.strip().splitlines()[0]])[-1][:160].rstrip(".:")
 
 
-def serve(place: Place) -> None:
-    """Works for a coordinator, as its worker or parameter server, until that has gone."""
+def serve(place: Place, seconds: float) -> None:
+    """Works for a coordinator, as its worker or parameter server, until that has gone.
+
+    Raises MachineError when the coordinator does not begin within so many seconds: it may have ended after the meeting.
+    """
     cluster = tf.train.ClusterSpec(place.jobs)
     config = tf.compat.v1.ConfigProto()
     # A worker that waits for a parameter server holds a thread; with fewer threads than workers, all may wait.
@@ -311,12 +320,17 @@ def serve(place: Place) -> None:
     # Kept in a name, because the server ends with its object.
     server = tf.distribute.Server(cluster, place.job, place.index, protocol="grpc", config=config)
     host, _, port = place.jobs["chief"][0].rpartition(":")
-    met, missed = False, 0
+    met, missed, deadline = False, 0, time.monotonic() + seconds
     while missed < 3:
         try:
             with socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS):
                 met, missed = True, 0
         except OSError:
             missed += met
+            if not met and time.monotonic() > deadline:
+                raise MachineError(
+                    f"chief 0 must begin within {seconds:g} s (strategy.start_seconds); nobody answers at "
+                    f"{place.jobs['chief'][0]}. Look at its output, then start all processes again."
+                ) from None
         time.sleep(_PROBE_SECONDS)
     del server

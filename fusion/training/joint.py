@@ -19,19 +19,21 @@ from pydantic import Field
 
 from fusion.compat import keras, tf
 from fusion.config import Part, Settings, content_hash
+from fusion.embeddings import concatenate
 from fusion.errors import ConfigError, DataError
 from fusion.registry import nearest
 from fusion.rules import RULES
 from fusion.rules.base import Rule
 from fusion.training.batches import Rows
-from fusion.training.checkpoints import changing_variables, random_generators
+from fusion.training.conflict import Conflict
 from fusion.training.member import ClassifierMember
-from fusion.training.optimizers import Group, OptimizerSettings
+from fusion.training.optimizers import Group, OptimizerSettings, apart
 from fusion.training.separate import (
     ClassifierLoop,
     Examples,
     classification_metrics,
     cross_entropy,
+    groups_of,
     in_batches,
     trained_rows,
 )
@@ -50,6 +52,9 @@ class JointSettings(Settings):
 
     mode: Literal["separate", "joint"] = "separate"
     """separate: each member by its own settings; joint: all that have a gradient in one graph, by these."""
+    processes: int = Field(default=1, ge=1, le=64)
+    """separate: members that are fitted at a time, each in a process with its share of the processors and a TensorFlow
+    of its own in memory; 1 fits them one after the other in this process."""
     fused: float = Field(default=1.0, ge=0)
     """Weight of the loss of the fused output."""
     auxiliary: float = Field(default=0.5, ge=0)
@@ -67,8 +72,8 @@ class JointSettings(Settings):
 class JointClassifierTraining(ClassifierLoop, JointSettings):
     """How members are trained: each by itself, or all through their fused output.
 
-    In joint training each member keeps the optimizer, learning rate, momentum and weight decay of its own `training`;
-    epochs, batches, schedule and stopping are these.
+    In joint training each member keeps the optimizer of its own `training`, with learning rates by block, momentum,
+    weight decay and the epochs in which blocks join; epochs, batches, schedule and stopping are these.
     """
 
     epochs: int = Field(default=30, ge=1)
@@ -96,7 +101,7 @@ def check_joint(members: Mapping[str, Part], rules: Mapping[str, Part], settings
         if name not in members:
             raise ConfigError(f"training.optimizers: no member '{name}': {nearest(name, members)}")
     joined = together(members, settings)
-    _check_shares(members, joined)
+    check_shares(members, joined)
     if settings.mode == "separate":
         return
     if len(joined) < 2:
@@ -104,10 +109,10 @@ def check_joint(members: Mapping[str, Part], rules: Mapping[str, Part], settings
             "training.mode joint needs two members that learn by gradient (kind neural); received "
             f"{', '.join(joined) or 'none'}. Add one, or take mode separate."
         )
-    joint_rule(settings, rules, list(members))
+    joint_rule(settings, rules, list(members), list(joined))
 
 
-def _check_shares(members: Mapping[str, Part], joined: Mapping[str, Part]) -> None:
+def check_shares(members: Mapping[str, Part], joined: Mapping[str, Part]) -> None:
     """Raises ConfigError for members that would share an encoder and are trained apart, or want another encoder."""
     first: dict[str, str] = {}
     for name, part in members.items():
@@ -135,15 +140,24 @@ def share_encoders(members: Mapping[str, ClassifierMember]) -> None:
             member.submodel = first.setdefault(member.config.share, member).submodel
 
 
-def joint_rule(settings: JointClassifierTraining, rules: Mapping[str, Part], members: Sequence[str]) -> str:
+def joint_rule(
+    settings: JointClassifierTraining, rules: Mapping[str, Part], members: Sequence[str], joined: Sequence[str]
+) -> str:
     """The name of the rule that is trained through.
 
+    Args:
+        settings: may name the rule.
+        rules: by name.
+        members: all that the rules fuse.
+        joined: those of them that are trained together.
+
     Raises:
-        ConfigError: there is no such rule, or it has no gradient.
+        ConfigError: there is no such rule, it has no gradient, or it cannot do without the other members.
     """
     made = {name: _new_rule(rules, name, members) for name in ([settings.rule] if settings.rule else rules)}
     for name, rule in made.items():
         if rule.differentiable:
+            _check_cut(name, rule, joined)
             return name
     kinds = ", ".join(dict.fromkeys(rules[name].kind for name in made))
     raise ConfigError(
@@ -151,6 +165,17 @@ def joint_rule(settings: JointClassifierTraining, rules: Mapping[str, Part], mem
         f"{'has' if len(made) == 1 else 'have'} none. Add a rule of kind average, probability or stacker, which is "
         "trained through, and keep these for afterwards."
     )
+
+
+def _check_cut(name: str, rule: Rule, joined: Sequence[str]) -> None:
+    try:
+        rule.restricted(joined)
+    except ConfigError:
+        raise ConfigError(
+            f"training.mode joint needs a rule that can do with the members that are trained together, "
+            f"{', '.join(joined)}; '{name}' counts on all of {', '.join(rule.members)}. Name "
+            "another one in training.rule, such as one of kind average."
+        ) from None
 
 
 def _new_rule(rules: Mapping[str, Part], name: str, members: Sequence[str]) -> Rule:
@@ -244,13 +269,17 @@ def train_jointly(
     Raises:
         DataError: rows, labels and mask do not fit together.
     """
-    training = _prepared(members, data.train, data, options, "training")
-    held = None if data.validation is None else _prepared(members, data.validation, data, options, "validation")
+    data.train.check(data.classes, "training")
+    if data.validation is not None:
+        data.validation.check(data.classes, "validation")
+    _adapt(members, data.train)
     with scope(options):
         parts = {name: member.build(data.classes, seeds[name]) for name, member in members.items()}
         model = JointModel(parts, rule, data.classes, settings, options.seed)
+    training = _prepared(members, data.train, data, options, varied=True)
     watch = None
-    if held is not None and data.validation is not None:
+    if data.validation is not None:
+        held = _prepared(members, data.validation, data, options)
         watch = _Watch(model, settings, training, held, data.validation, options)
     history = fit(
         model,
@@ -270,30 +299,31 @@ def train_jointly(
 def _groups(
     parts: Mapping[str, keras.Model], members: Mapping[str, ClassifierMember], settings: JointClassifierTraining
 ) -> list[Group]:
-    """The variables and the optimizer of each member; what members share is moved by the first of them."""
-    groups, taken = [], set()
+    """What moves the variables of each member, as its own `training` would alone, but for the optimizer where another
+    one is given; what members share is moved by the first of them."""
+    groups: list[Group] = []
     for name, part in parts.items():
-        own = [variable for variable in part.trainable_variables if id(variable) not in taken]
-        taken |= {id(variable) for variable in own}
-        groups.append(Group(name, own, settings.optimizers.get(name, members[name].config.training)))
-    return groups
+        training = members[name].config.training
+        if name in settings.optimizers:
+            training = training.model_copy(update=dict(settings.optimizers[name]))
+        own = groups_of(members[name].submodel, part, training) or [Group("", part.trainable_variables, training)]
+        groups += [replace(group, name=f"{name}/{group.name}".rstrip("/")) for group in own]
+    return apart(groups)
 
 
 # ---- the rows ------------------------------------------------------------------------------------------------
 
 
 def _prepared(
-    members: Mapping[str, ClassifierMember], rows: JointRows, data: JointData, options: RunOptions, part: str
+    members: Mapping[str, ClassifierMember], rows: JointRows, data: JointData, options: RunOptions, varied: bool = False
 ) -> Rows:
-    """The rows as the trained parts read them: `<member>/<input>`, `label`, `mask` and `context/<name>`."""
-    rows.check(data.classes, part)
-    if part == "training":
-        _adapt(members, rows)
+    """The rows as the trained parts read them: `<member>/<input>`, `label`, `mask` and `context/<name>`; `varied` by
+    the members' augmentation."""
     readers: dict[str, Rows] = {}
     for name, member in members.items():
         at = replace(options, directory=options.directory / name)
-        varied = member.config.augmentation if part == "training" else None
-        readers[name] = trained_rows(member.submodel, rows.values[name], data.cache / "embeddings", at, varied)
+        how = member.config.augmentation if varied else None
+        readers[name] = trained_rows(member.submodel, rows.values[name], data.cache / "embeddings", at, how)
     places = {name: _places(rows.mask[:, s], readers[name].n) for s, name in enumerate(members)}
     rest = {_LABEL: np.asarray(rows.labels, np.int32), _MASK: rows.mask}
     rest |= {f"{_CONTEXT}{name}": np.asarray(values, np.float32) for name, values in rows.context.items()}
@@ -315,9 +345,7 @@ def _adapt(members: Mapping[str, ClassifierMember], rows: JointRows) -> None:
     for name, member in members.items():
         users.setdefault(id(member.submodel), []).append(name)
     for names in users.values():
-        values = [rows.values[name] for name in names]
-        arrays = isinstance(values[0], np.ndarray)
-        members[names[0]].submodel.adapt(np.concatenate(values) if arrays else [v for part in values for v in part])
+        members[names[0]].submodel.adapt_to(concatenate([rows.values[name] for name in names]))
 
 
 def _places(known: np.ndarray, count: int) -> np.ndarray:
@@ -387,6 +415,12 @@ class JointModel(keras.Model):
             losses = tf.concat([losses, settings.fused * self.fused_loss(logits, batch, True)[:, None]], axis=1)
         return tf.reduce_sum(losses, axis=1)
 
+    def losses_of(self, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Sums over a batch of the loss of the fused output, all members being heard, and of each member's own."""
+        logits = self(batch, training=True)
+        own = tf.reduce_sum(self.own_losses(logits, batch), axis=0)
+        return tf.reduce_sum(self.fused_loss(logits, batch, False)), tf.unstack(own)
+
     def fused_loss(self, logits: Sequence[tf.Tensor], batch: dict[str, tf.Tensor], training: bool) -> tf.Tensor:
         """Cross-entropy of the fused output, [b]."""
         return cross_entropy(batch[_LABEL], self.fuse(logits, batch, training), self.settings.label_smoothing)
@@ -417,11 +451,9 @@ class _Watch:
     ) -> None:
         self._model, self._settings, self._held = model, settings, held
         self._labels, self._mask = validation.labels, validation.mask
-        self._strategy = options.strategy or tf.distribute.get_strategy()
-        numbers = np.random.default_rng(derive_seed(options.seed, "conflict")).permutation(training.n)
-        self._batch = training.gather(numbers[: settings.batch_size])
         self._score = tf.function(self._scores, reduce_retracing=True)
-        self._conflicts = tf.function(self._cosines)
+        parts = dict(zip(model.names, model.parts, strict=True))
+        self._conflict = Conflict(model, model.losses_of, parts, training, settings.batch_size, options)
 
     def __call__(self) -> dict[str, float]:
         return {**self._metrics(), **self._conflict()}
@@ -439,54 +471,3 @@ class _Watch:
             found = classification_metrics(scores[known, position], self._labels[known])
             metrics[f"accuracy/{name}"] = found["accuracy"]
         return metrics
-
-    def _conflict(self) -> dict[str, float]:
-        inputs = {name: tf.convert_to_tensor(array) for name, array in self._batch.items()}
-        # Gradients are those of training, whose BatchNormalization looks at the batch; what that moves is put back.
-        moved = [*(v for v in changing_variables(self._model) if not v.trainable)]
-        moved += [generator.state for generator in random_generators(self._model)]
-        before = [variable.numpy() for variable in moved]
-        # In a replica, because that is where gradients of mirrored variables are defined; all see the same batch.
-        found = self._strategy.run(self._conflicts, args=(inputs,))
-        for variable, value in zip(moved, before, strict=True):
-            variable.assign(value)
-        first = {name: self._strategy.experimental_local_results(value)[0] for name, value in found.items()}
-        return {name: float(value) for name, value in first.items()}
-
-    def _cosines(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        model = self._model
-        with tf.GradientTape(persistent=True) as tape:
-            logits = model(batch, training=True)
-            fused = tf.reduce_sum(model.fused_loss(logits, batch, False))
-            own = [tf.reduce_sum(loss) for loss in tf.unstack(model.own_losses(logits, batch), axis=1)]
-        variables = [part.trainable_variables for part in model.parts]
-        found = {
-            f"conflict/{name}": _cosine(tape, fused, loss, of_member)
-            for name, loss, of_member in zip(model.names, own, variables, strict=True)
-        }
-        for one, left in enumerate(model.names):
-            for two in range(one + 1, len(model.names)):
-                other = {id(variable) for variable in variables[two]}
-                shared = [variable for variable in variables[one] if id(variable) in other]
-                if shared:
-                    found[f"conflict/{left}+{model.names[two]}"] = _cosine(tape, own[one], own[two], shared)
-        return found
-
-
-def _cosine(tape: tf.GradientTape, one: tf.Tensor, two: tf.Tensor, variables: Sequence[tf.Variable]) -> tf.Tensor:
-    """Cosine of the gradients of two losses, in [-1, 1]; 0 where one of them is 0."""
-    zero = tf.UnconnectedGradients.ZERO
-    pairs = [
-        (tf.convert_to_tensor(a), tf.convert_to_tensor(b))
-        for a, b in zip(
-            tape.gradient(one, variables, unconnected_gradients=zero),
-            tape.gradient(two, variables, unconnected_gradients=zero),
-            strict=True,
-        )
-    ]
-
-    def total(products: list[tf.Tensor]) -> tf.Tensor:
-        return tf.reduce_sum(tf.stack([tf.reduce_sum(product) for product in products]))
-
-    lengths = tf.sqrt(total([a * a for a, _ in pairs])) * tf.sqrt(total([b * b for _, b in pairs]))
-    return tf.math.divide_no_nan(total([a * b for a, b in pairs]), lengths)

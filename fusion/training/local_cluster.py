@@ -25,6 +25,9 @@ GRACE_SECONDS = 30.0
 _END_SECONDS = 5.0
 """Between being asked to end and being ended."""
 
+THREADS = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")
+"""Variables of the environment that say how many threads TensorFlow, and OpenMP and OpenBLAS, use."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,12 +48,16 @@ def places(workers: int, ps: int = 0) -> dict[str, str]:
     }
 
 
-def environment(tf_config: str, processes: int) -> dict[str, str]:
-    """The environment of one of so many processes, which share the processors of this machine evenly."""
+def threads_of(processes: int) -> int:
+    """Threads of one of so many processes, which share the processors of this machine evenly; at least one."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cpus // processes))
-    shared = {name: threads for name in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return {**shared, **os.environ, "TF_CONFIG": tf_config}
+    return max(1, cpus // processes)
+
+
+def environment(processes: int, **values: str) -> dict[str, str]:
+    """The environment of one of so many processes: ours, `values`, and its threads where ours does not name them."""
+    threads = dict.fromkeys(THREADS, str(threads_of(processes)))
+    return {**threads, **os.environ, **values}
 
 
 @contextlib.contextmanager
@@ -72,9 +79,9 @@ def processes(
                     stdin=subprocess.DEVNULL,
                     stdout=log if started else None,
                     stderr=log if started else None,
-                    env=environment(config, len(configs)),
+                    env=environment(len(configs), TF_CONFIG=config),
                     start_new_session=True,  # Ctrl-C is for us, who tell them in order
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=end_with_parent,
                 )
         yield started
     finally:
@@ -114,27 +121,34 @@ def run_cluster(command: Sequence[str], workers: int, ps: int, logs: Path) -> in
 
 
 def _watch(running: Mapping[str, subprocess.Popen[bytes]], leader: str, *, expendable: bool, logs: Path) -> int:
-    told: dict[str, int] = {}
-    deadline = None
+    told: set[str] = set()
+    failed, deadline = 0, None
     while (code := running[leader].poll()) is None:
         for name, process in running.items():
             ended = process.poll()
             if name in told or not ended:
                 continue
-            told[name] = ended
-            print(f"{name} ended with exit code {ended}: {_last_line(logs, name)}", file=sys.stderr, flush=True)
+            told.add(name)
+            said = last_line(logs / f"{name.replace(' ', '-')}.log")
+            print(f"{name} ended with exit code {ended}: {said}", file=sys.stderr, flush=True)
             if not (expendable and name.startswith("worker")):
-                deadline = deadline or time.monotonic() + GRACE_SECONDS
+                failed, deadline = failed or ended, deadline or time.monotonic() + GRACE_SECONDS
         if deadline and time.monotonic() > deadline:
-            return abs(next(iter(told.values())))
+            return _exit_code(failed)
         time.sleep(_POLL_SECONDS)
     if code < 0:
         print(f"{leader} was ended by signal {-code}", file=sys.stderr, flush=True)
+    return _exit_code(code)
+
+
+def _exit_code(code: int) -> int:
+    """The exit code of a process as a shell tells it: 128 + n where signal n ended it."""
     return code if code >= 0 else 128 - code
 
 
-def _last_line(logs: Path, name: str) -> str:
-    text = (logs / f"{name.replace(' ', '-')}.log").read_text(encoding="utf-8", errors="replace").strip()
+def last_line(log: Path) -> str:
+    """The last thing that a process wrote into its log."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
     return text.splitlines()[-1][:300] if text else "it wrote nothing"
 
 
@@ -152,7 +166,7 @@ def _signals_raise() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: end when the parent is killed, which then cannot end us itself."""
     with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

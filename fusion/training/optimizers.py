@@ -5,8 +5,8 @@ The loop that calls them is in `fusion.training.trainer`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pydantic
@@ -26,13 +26,20 @@ class OptimizerSettings(Settings):
     """Full learning rate, before the schedule."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of sgd."""
+    initial_accumulator: float = Field(default=0.1, gt=0)
+    """What the sums of squares of adagrad begin with. A mean over b rows has gradients 1 / b as large as a sum over
+    them: 0.1 / b² then makes of it what 0.1 makes of the sum."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Share of each weight, times the learning rate, taken off per step (decoupled from the gradient)."""
 
     @pydantic.model_validator(mode="after")
-    def _momentum_of_sgd(self) -> OptimizerSettings:
+    def _keys_of_one_optimizer(self) -> OptimizerSettings:
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"the key momentum must go with optimizer sgd; received optimizer {self.optimizer}")
+        if self.initial_accumulator != 0.1 and self.optimizer != "adagrad":
+            raise ValueError(
+                f"the key initial_accumulator must go with optimizer adagrad; received optimizer {self.optimizer}"
+            )
         return self
 
 
@@ -46,12 +53,25 @@ class Group:
         settings: the optimizer of these variables alone.
         multiplier: what its learning rate is multiplied by, as discriminative rates need it (Howard and Ruder 2018,
             arXiv:1801.06146).
+        joins: epochs for which its variables stand still; 0 for the first group (`fusion.training.unfreezing`).
     """
 
     name: str
     variables: Sequence[tf.Variable]
     settings: OptimizerSettings
     multiplier: float = 1.0
+    joins: int = 0
+
+
+def apart(groups: Iterable[Group]) -> list[Group]:
+    """The groups, each without the variables of those before it; none that is left without any."""
+    result: list[Group] = []
+    taken: set[int] = set()
+    for group in groups:
+        own = [variable for variable in group.variables if id(variable) not in taken]
+        taken |= {id(variable) for variable in own}
+        result += [replace(group, variables=own)] if own else []
+    return result
 
 
 class Optimizers(tf.Module):
@@ -70,7 +90,8 @@ class Optimizers(tf.Module):
             the step, and the scale is halved.
 
     Raises:
-        ValueError: a group is empty, names repeat, or a variable is in no group, in two, or in none of the model.
+        ValueError: a group is empty, names repeat, a variable is in no group, in two, or in none of the model, or the
+            first group does not move from the start.
     """
 
     def __init__(
@@ -84,18 +105,25 @@ class Optimizers(tf.Module):
         loss_scaling: bool = False,
     ) -> None:
         super().__init__(name="optimizers")
+        if groups[0].joins:  # its loss scale is that of all
+            raise ValueError(f"the first group must move from the start; '{groups[0].name}' joins later.")
         self._names = tuple(group.name for group in groups)
+        self._joins = tuple(group.joins for group in groups)
         self._group_of = tuple(_group_of(groups, variables))
+        self._number_of = tuple(zip(map(id, variables), self._group_of, strict=True))
         # Settings may be those of a whole training, of which only this much is about the optimizer.
         keys = set(OptimizerSettings.model_fields)
-        self._identity = content_hash([[g.name, g.settings.model_dump(include=keys), g.multiplier] for g in groups])
+        self._identity = content_hash(
+            [[g.name, g.settings.model_dump(include=keys), g.multiplier, g.joins] for g in groups]
+        )
         # A gradient that is not finite makes all of them NaN when they are clipped together, so that every group skips
         # the step; this bound touches no other, and is a power of 2, so that nothing is rounded.
         self._clip_norm = 2.0**100 if loss_scaling and clip_norm is None else clip_norm
         self._loss_scaling = loss_scaling
         self._optimizers = []
         for number, group in enumerate(groups):
-            rate = Schedule(group.settings.learning_rate * group.multiplier, schedule, steps, steps_per_epoch)
+            full = group.settings.learning_rate * group.multiplier
+            rate = Schedule(full, schedule, steps, steps_per_epoch, group.joins * steps_per_epoch)
             optimizer = _optimizer(group.settings, rate)
             optimizer.build([v for v, of in zip(variables, self._group_of, strict=True) if of == number])
             self._optimizers.append(keras.mixed_precision.LossScaleOptimizer(optimizer) if loss_scaling else optimizer)
@@ -112,7 +140,8 @@ class Optimizers(tf.Module):
 
         Args:
             gradients: of the `scaled` loss by the variables, in their order; dense or IndexedSlices.
-            variables: those that the optimizers were made for.
+            variables: those that the optimizers were made for, or all of some groups: the moments, the counted steps
+                and the weights of the others stay as they are.
         """
         if self._loss_scaling:
             unscaled = [optimizer.get_unscaled_gradients(gradients) for optimizer in self._optimizers]
@@ -126,18 +155,22 @@ class Optimizers(tf.Module):
         if self._clip_norm is not None:
             clipped, _ = tf.clip_by_global_norm([gradient for gradient, _ in pairs], self._clip_norm)
             pairs = [(gradient, variable) for gradient, (_, variable) in zip(clipped, pairs, strict=True)]
-        number_of = {id(variable): of for variable, of in zip(variables, self._group_of, strict=True)}
+        number_of = dict(self._number_of)
         for number, optimizer in enumerate(self._optimizers):
             own = [(gradient, variable) for gradient, variable in pairs if number_of[id(variable)] == number]
-            optimizer.apply_gradients(own, skip_gradients_aggregation=True)
+            if own:
+                optimizer.apply_gradients(own, skip_gradients_aggregation=True)
 
-    def learning_rates(self) -> dict[str, Any]:
-        """What the last step used, scalar tensors: `learning_rate` of the first group, and where there are several
-        `learning_rate/<group>` of each."""
+    def learning_rates(self, epoch: int) -> dict[str, Any]:
+        """What the last step used after `epoch` epochs, scalar tensors: `learning_rate` of the first group, and where
+        there are several `learning_rate/<group>` of each, 0 where it has not joined."""
         rates = {"learning_rate": self._optimizers[0].learning_rate}
         if len(self._names) > 1:
-            named = zip(self._names, self._optimizers, strict=True)
-            rates |= {f"learning_rate/{name}": optimizer.learning_rate for name, optimizer in named}
+            named = zip(self._names, self._joins, self._optimizers, strict=True)
+            rates |= {
+                f"learning_rate/{name}": optimizer.learning_rate if epoch >= joins else tf.constant(0.0)
+                for name, joins, optimizer in named
+            }
         return rates
 
     def identity(self) -> list[Any]:
@@ -177,5 +210,6 @@ def _optimizer(settings: OptimizerSettings, rate: Schedule) -> keras.optimizers.
     if settings.optimizer == "sgd":
         return keras.optimizers.SGD(momentum=settings.momentum, **common)
     if settings.optimizer == "adagrad":
-        return keras.optimizers.Adagrad(**common)
+        start = settings.initial_accumulator
+        return keras.optimizers.Adagrad(initial_accumulator_value=start, epsilon=1e-6 * start, **common)
     return keras.optimizers.Adam(**common)

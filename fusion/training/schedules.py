@@ -58,16 +58,19 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         step          r d^floor(u / (e n))
 
     Cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983), one cycle without restarts. Linear warm-up: Goyal et
-    al. 2017 (arXiv:1706.02677). Computed in float32.
+    al. 2017 (arXiv:1706.02677). Computed in float32. An optimizer that takes its first step later, at step `start` of
+    the training, is given the rate that the others have by then.
     """
 
-    def __init__(self, rate: float, settings: ScheduleSettings, steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self, rate: float, settings: ScheduleSettings, steps: int, steps_per_epoch: int, start: int = 0
+    ) -> None:
         self.rate, self.settings = rate, settings
-        self.steps, self.steps_per_epoch = steps, steps_per_epoch
+        self.steps, self.steps_per_epoch, self.start = steps, steps_per_epoch, start
 
     def __call__(self, step: Any) -> tf.Tensor:
         settings = self.settings
-        step = tf.cast(step, tf.float32)
+        step = tf.cast(step, tf.float32) + float(self.start)
         after = tf.maximum(step - float(settings.warmup_steps), 0.0)
         rate = tf.constant(self.rate, tf.float32) * self._factor(after)
         if settings.warmup_steps:
@@ -94,6 +97,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             "settings": self.settings.model_dump(),
             "steps": self.steps,
             "steps_per_epoch": self.steps_per_epoch,
+            "start": self.start,
         }
 
     @classmethod

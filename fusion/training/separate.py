@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -22,10 +22,12 @@ from fusion.errors import DataError
 from fusion.progress import progress, reached
 from fusion.submodels.base import Pretrained, Submodel, has_trunk
 from fusion.submodels.head import HeadSettings, classifier, head
+from fusion.submodels.warm_start import WarmStart
 from fusion.training.batches import Rows, as_rows
 from fusion.training.optimizers import Group, OptimizerSettings
 from fusion.training.strategy import scope
 from fusion.training.trainer import LoopSettings, TrainingSettings, fit
+from fusion.training.unfreezing import joining_epochs
 from fusion.types import Features, History, RunOptions, derive_seed
 
 _LABEL = "label"
@@ -47,6 +49,10 @@ class ClassifierTraining(ClassifierLoop, TrainingSettings):
     """What the learning rate is multiplied by for the encoder: a pretrained one wants smaller steps than a new head."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """The same again for each block of a pretrained encoder below the last one (Howard and Ruder 2018)."""
+    unfreeze: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=64)
+    """Gradual unfreezing: epochs of the head alone until the last block joins it, then until the block below joins, and
+    so on; the last number repeats, so that [1] is one block an epoch. Empty: all that fine_tune names from the start.
+    Blocks whose turn does not come within the epochs stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,13 @@ def train_classifier(
     options: RunOptions,
     cache_dir: Path,
     augmentation: Augmentation | None = None,
+    start: WarmStart | None = None,
 ) -> TrainedClassifier:
     """Fits head and, unless it is frozen, encoder of `submodel` with softmax cross-entropy.
 
     Without `validation` all epochs are done and the last one is kept. Embeddings of a frozen encoder, and what
     leaves the frozen part of another, are kept under `cache_dir`. Training values are varied as `augmentation` says.
+    The head takes from `start` what fits; the encoder knows its own (`Submodel.start_from`).
     Raises DataError for labels that do not fit.
     """
 
@@ -127,7 +135,7 @@ def train_classifier(
 
     # What is frozen is not trained: its embeddings are those that will be served, in float32.
     with scope(options, "float32" if submodel.frozen else settings.precision):
-        fitted, whole = new_classifier(submodel, classes, head_settings, options.seed)
+        fitted, whole = new_classifier(submodel, classes, head_settings, options.seed, start)
     fitting = prepared(train, "training", augmentation)
     held = prepared(validation, "validation") if validation is not None else None
     history = _fit_logits(fitted, fitting, held, settings, options, groups_of(submodel, fitted, settings))
@@ -135,28 +143,35 @@ def train_classifier(
 
 
 def groups_of(submodel: Submodel, fitted: keras.Model, settings: ClassifierTraining) -> list[Group]:
-    """The head, and the trained blocks of the encoder, each with its own learning rate; none where all have one."""
-    if submodel.frozen or settings.encoder_rate == settings.layer_decay == 1:
+    """The head and the trained blocks of the encoder, each with its learning rate and the epoch in which it joins; none
+    where all are moved alike."""
+    if submodel.frozen or (settings.encoder_rate == settings.layer_decay == 1 and not settings.unfreeze):
         return []
     optimizer = OptimizerSettings(**settings.model_dump(include=set(OptimizerSettings.model_fields)))
     blocks = submodel.blocks() if isinstance(submodel, Pretrained) else [submodel.encoder().layers]
     own = [[v for layer in block for v in layer.trainable_variables] for block in blocks]
     trained = [variables for variables in own if variables]
-    below = range(len(trained) - 1, -1, -1)
-    groups = [
-        Group(f"block{number}", variables, optimizer, settings.encoder_rate * settings.layer_decay**depth)
-        for number, (variables, depth) in enumerate(zip(trained, below, strict=True))
-    ]
+    joins = joining_epochs(settings.unfreeze or (0,), len(trained))
+    groups = []
+    for number, variables in enumerate(trained):
+        depth = len(trained) - 1 - number
+        rate = settings.encoder_rate * settings.layer_decay**depth
+        groups.append(Group(f"block{number}", variables, optimizer, rate, joins[depth]))
     known = {id(variable) for variables in trained for variable in variables}
     head_variables = [variable for variable in fitted.trainable_variables if id(variable) not in known]
     return [Group("head", head_variables, optimizer), *groups]
 
 
 def new_classifier(
-    submodel: Submodel, classes: int, head_settings: HeadSettings, seed: int
+    submodel: Submodel, classes: int, head_settings: HeadSettings, seed: int, start: WarmStart | None = None
 ) -> tuple[keras.Model, keras.Model]:
-    """The part of a new classifier that training changes, from `trained_rows` to `logits`, and the whole of it."""
+    """The part of a new classifier that training changes, from `trained_rows` to `logits`, and the whole of it.
+
+    The head takes from `start` what fits.
+    """
     top = head(submodel.dimensions, classes, head_settings, derive_seed(seed, "head"))
+    if start is not None:
+        start.give(top.layers)
     whole = classifier(submodel.encoder(), top)
     if submodel.frozen:
         return keras.Model(top.inputs, {"logits": top.output}), whole
@@ -186,7 +201,8 @@ def trained_rows(
 
     def gather_varied(numbers: np.ndarray) -> Features:
         # Decided by seed and rows, which are others in each epoch, so that an interrupted run draws the same again.
-        random = np.random.default_rng([derive_seed(options.seed, "augmentation"), len(numbers), *numbers[:8].tolist()])
+        seed = derive_seed(options.order_seed, "augmentation")
+        random = np.random.default_rng([seed, len(numbers), *numbers[:8].tolist()])
         varied: Any = vary.apply(take(values, numbers), random)
         return submodel.prepare(varied)
 

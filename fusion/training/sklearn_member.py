@@ -24,6 +24,7 @@ class SklearnMember(ClassifierMember):
     """
 
     differentiable = False
+    averageable = False
 
     class Config(Settings):
         """Settings of a member."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,9 @@ class StrategySettings(Settings):
     parameter_server: workers take weights from servers and send gradients, each at its own pace; tpu: Cloud TPU."""
     devices: list[str] = Field(default_factory=list)
     """Devices for mirrored, such as [GPU:0, GPU:1] or [CPU:0, CPU:1]; empty means all GPUs, or the CPU."""
+    placement: dict[str, str] = Field(default_factory=dict)
+    """default: by member the device that holds what is trained of it and takes its steps, as in {text: GPU:1, image:
+    GPU:0}; the other members are where TensorFlow puts them."""
     start_seconds: float = Field(default=300.0, gt=0)
     """How long the processes of a cluster wait for each other at the start."""
     min_shard_bytes: int = Field(default=256 << 10, ge=1)
@@ -43,18 +46,33 @@ class StrategySettings(Settings):
     @pydantic.field_validator("devices")
     @classmethod
     def _known_form(cls, devices: list[str]) -> list[str]:
-        for device in devices:
-            if not re.fullmatch(r"(CPU|GPU):\d+", device):
-                raise ValueError(f"a device must be named like CPU:0 or GPU:1; received '{device}'")
+        _check_form(devices)
         if len(set(devices)) != len(devices):
             raise ValueError(f"each device must stand once; received {devices}")
         return devices
+
+    @pydantic.field_validator("placement")
+    @classmethod
+    def _known_places(cls, placement: dict[str, str]) -> dict[str, str]:
+        _check_form(placement.values())
+        return placement
 
     @pydantic.model_validator(mode="after")
     def _devices_only_mirrored(self) -> StrategySettings:
         if self.devices and self.kind != "mirrored":
             raise ValueError(f"the key devices must go with kind mirrored; received kind {self.kind}")
+        if self.placement and self.kind != "default":
+            raise ValueError(
+                f"the key placement must go with kind default, because {self.kind} has devices of its own for every "
+                f"member; received kind {self.kind}"
+            )
         return self
+
+
+def _check_form(devices: Iterable[str]) -> None:
+    for device in devices:
+        if not re.fullmatch(r"(CPU|GPU):\d+", device):
+            raise ValueError(f"a device must be named like CPU:0 or GPU:1; received '{device}'")
 
 
 def replicas(settings: StrategySettings) -> int:
@@ -102,6 +120,11 @@ def check_training(training: Any, accelerations: Sequence[str], settings: Strate
             )
     if training.xla and settings.kind != "default":
         raise ConfigError(f"training.xla must go with strategy.kind default; received {settings.kind}.")
+    if training.average.kind != "none" and settings.kind == "parameter_server":
+        raise ConfigError(
+            "training.average must be left out with strategy.kind parameter_server, whose workers take their steps "
+            f"each at its own pace; received {training.average.kind}."
+        )
     if training.precision == "mixed_float16" and settings.kind in ("parameter_server", "tpu"):
         raise ConfigError(
             f"training.precision must be float32 or mixed_bfloat16 with strategy.kind {settings.kind}, which cannot "
@@ -151,10 +174,21 @@ def make_strategy(settings: StrategySettings, topic: str = "") -> tf.distribute.
     if settings.kind == "mirrored":
         return _mirrored(settings)
     if settings.kind == "default":
+        _check_there(settings.placement.values(), "placement")
         return tf.distribute.get_strategy()
     if settings.kind not in _made:
         _made[settings.kind] = _MAKERS[settings.kind](settings, topic)
     return _made[settings.kind]
+
+
+def strategy_of(settings: StrategySettings, member: str) -> tf.distribute.Strategy:
+    """The strategy that trains one member: that of all of them, or the one device where `placement` has it.
+
+    Raises as `make_strategy` does.
+    """
+    strategy = make_strategy(settings)
+    device = settings.placement.get(member)
+    return tf.distribute.OneDeviceStrategy(f"/{device}") if device else strategy
 
 
 # Several MirroredStrategy objects in one process abort each other's collective operations, so there is one.
@@ -162,6 +196,7 @@ _mirrored_strategy: dict[tuple[str, ...], tf.distribute.MirroredStrategy] = {}
 
 _made: dict[Kind, tf.distribute.Strategy] = {}
 """Strategies over processes, of which a process can join one only."""
+
 
 @contextlib.contextmanager
 def scope(options: RunOptions, precision: Precision = "float32") -> Iterator[None]:
@@ -209,7 +244,7 @@ def served(settings: StrategySettings, topic: str) -> bool:
     if settings.kind != "parameter_server" or place_in(settings).job == "chief":
         return False
     meet(place_in(settings), topic, settings.start_seconds)
-    serve(place_in(settings))
+    serve(place_in(settings), settings.start_seconds)
     return True
 
 
@@ -256,8 +291,7 @@ def all_replicas(rows: tf.Tensor) -> tf.Tensor:
 
 
 def _mirrored(settings: StrategySettings) -> tf.distribute.MirroredStrategy:
-    gpus = [f"GPU:{number}" for number in range(len(tf.config.list_physical_devices("GPU")))]
-    devices = tuple(settings.devices or gpus or ["CPU:0"])
+    devices = tuple(settings.devices or _gpus() or ["CPU:0"])
     if devices in _mirrored_strategy:
         return _mirrored_strategy[devices]
     if _mirrored_strategy:
@@ -265,19 +299,30 @@ def _mirrored(settings: StrategySettings) -> tf.distribute.MirroredStrategy:
             f"a process can mirror over one set of devices; received {', '.join(devices)} after "
             f"{', '.join(next(iter(_mirrored_strategy)))}. Start a new process for other devices."
         )
+    _check_there(devices, "devices")
+    # On CPUs there is no NCCL to gain from, and a sum on one device is made in a fixed order.
+    cpus = any(device.startswith("CPU:") for device in devices)
+    operations = tf.distribute.ReductionToOneDevice() if cpus else None
+    _mirrored_strategy[devices] = tf.distribute.MirroredStrategy(list(devices), cross_device_ops=operations)
+    return _mirrored_strategy[devices]
+
+
+def _gpus() -> list[str]:
+    return [f"GPU:{number}" for number in range(len(tf.config.list_physical_devices("GPU")))]
+
+
+def _check_there(devices: Iterable[str], key: str) -> None:
+    """Divides the CPU into as many devices as are named, and raises ConfigError for GPUs that are not there."""
+    devices, gpus = list(devices), _gpus()
     cpus = [int(device.removeprefix("CPU:")) for device in devices if device.startswith("CPU:")]
     if cpus:
         logical_cpus(max(cpus) + 1)
     missing = [device for device in devices if device.startswith("GPU:") and device not in gpus]
     if missing:
         raise ConfigError(
-            f"strategy.devices must be on this machine; {', '.join(missing)} is not. "
+            f"strategy.{key} must be on this machine; {', '.join(missing)} is not. "
             f"It has {', '.join(gpus) or 'no GPU'}."
         )
-    # On CPUs there is no NCCL to gain from, and a sum on one device is made in a fixed order.
-    operations = tf.distribute.ReductionToOneDevice() if cpus else None
-    _mirrored_strategy[devices] = tf.distribute.MirroredStrategy(list(devices), cross_device_ops=operations)
-    return _mirrored_strategy[devices]
 
 
 def _let_gpu_memory_grow() -> None:

@@ -7,10 +7,11 @@ the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,15 @@ from fusion.config import Settings, content_hash
 from fusion.errors import ConfigError, EngineError, MachineError
 from fusion.progress import Bar, progress
 from fusion.training.asynchronous import Scheduler, is_asynchronous
+from fusion.training.averaging import (
+    STATISTICS_ROWS,
+    AverageSettings,
+    WeightAverage,
+    latest_statistics,
+    normalizations,
+    set_statistics,
+    statistics_of,
+)
 from fusion.training.batches import BatchPlan, Block, Feed, Rows, RowShapes, as_rows, common_shape, epoch_order
 from fusion.training.checkpoints import Checkpoints, TrainingState, frozen_digest
 from fusion.training.cluster import answered, chiefs, is_spread
@@ -28,6 +38,7 @@ from fusion.training.optimizers import Group, Optimizers, OptimizerSettings
 from fusion.training.precision import Precision
 from fusion.training.schedules import ScheduleSettings
 from fusion.training.strategy import check_divisible
+from fusion.training.unfreezing import Unfreezing
 from fusion.types import Features, History, RunOptions, Validate
 
 Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
@@ -36,8 +47,8 @@ Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
 Data = Mapping[str, np.ndarray] | Rows | tuple[int, Callable[[np.ndarray], Features]]
 """Named arrays of equal length, or the number of rows and a function that gathers rows by number."""
 
-Program = Callable[[dict[str, tf.Tensor], tf.Tensor], tf.Tensor]
-"""Named tensors [steps, batch, ...] and weights [steps, batch] -> losses [steps]."""
+Program = Callable[[dict[str, tf.Tensor], tf.Tensor], Any]
+"""Named tensors [steps, batch, ...] and weights [steps, batch] -> losses [steps], or what else a step gives."""
 
 _CALL_SECONDS = 0.2
 """A call of the compiled loop should take about this long: progress and Ctrl-C wait for it."""
@@ -74,6 +85,8 @@ class LoopSettings(Settings):
     accumulate: int = Field(default=1, ge=1, le=1024)
     """Equal parts in which a device goes through its rows of a step, to need less memory; the gradient is that of all
     of them, but BatchNormalization sees a part at a time."""
+    average: AverageSettings = AverageSettings()
+    """Which average of the weights over the steps is validated and kept in their place; none unless asked for."""
 
 
 class TrainingSettings(LoopSettings, OptimizerSettings):
@@ -92,7 +105,7 @@ def fit(
     drop_remainder: bool = False,
     groups: Sequence[Group] = (),
 ) -> History:
-    """Trains `model` in place and leaves it with the weights of its best epoch.
+    """Trains `model` in place and leaves it with the weights of its best epoch, or their average (`settings.average`).
 
     Penalties of the model's own (`model.losses`, such as kernel regularisers) are added to the loss. The order of
     the rows of an epoch is a permutation drawn from (seed, epoch). Under `options.directory` it writes
@@ -113,7 +126,8 @@ def fit(
         drop_remainder: leave out the rows after an epoch's last full batch, for losses that use the batch as
             negatives.
         groups: which optimizer moves which trainable variables, where one for all will not do. Each variable is in
-            exactly one group; the schedule and `clip_norm` hold for all of them.
+            exactly one group; the schedule and `clip_norm` hold for all of them. Layers of groups that join later are
+            frozen until then; the loop is compiled anew for each epoch in which one joins.
 
     Returns:
         One row per epoch: `epoch` (from 1), `train_loss` (mean over rows, while training), `learning_rate` (after
@@ -126,12 +140,13 @@ def fit(
         EngineError: the loss or the monitored metric is not finite.
         MachineError: checkpoints cannot be written or read.
     """
-    return _Run(
+    loop = Loop(
         model, loss, as_rows(data), settings, options, validate, monitor, higher_is_better, drop_remainder, groups
-    ).run()
+    )
+    return options.drive(loop) if options.drive else loop.run()
 
 
-class _Run:
+class Loop:
     """One call of `fit`; its methods are the chapters of the story, in order."""
 
     def __init__(
@@ -161,8 +176,17 @@ class _Run:
             )
         self._check_variables()
         self._optimizers = self._make_optimizers(groups)
-        self._checkpoints = Checkpoints(options.directory, model, self._optimizers, TrainingState(self._fingerprint()))
+        self._unfreezing = Unfreezing(model, groups)
+        self._average = self._make_average()
+        begin = TrainingState(self._fingerprint())
+        self._checkpoints = Checkpoints(options.directory, model, self._optimizers, begin, self._average)
         self._programs: dict[tuple[Any, ...], Program] = {}
+        self._made_program = False
+        sampled = RowShapes.of(self._rows)
+        self._shapes = sampled.shapes
+        limit = _SPREAD_STEPS_PER_CALL if is_spread(self._strategy) else _MOST_STEPS_PER_CALL
+        self._most_steps = sampled.most_steps(self._settings.batch_size, limit)
+        self._steps_per_call = self._most_steps if is_spread(self._strategy) else 1
         if is_asynchronous(self._strategy):
             self._scheduler = Scheduler(self._strategy)
 
@@ -195,12 +219,19 @@ class _Run:
                 loss_scaling=settings.precision == "mixed_float16",
             )
 
+    def _make_average(self) -> WeightAverage | None:
+        settings = self._settings.average
+        if settings.kind == "none":
+            return None
+        with self._strategy.scope():
+            return WeightAverage(settings, self._model.trainable_variables, self._plan.steps * self._settings.epochs)
+
     def _fingerprint(self) -> str:
         """Everything that the numbers depend on and that can be named cheaply; how the work is cut is left out."""
         return content_hash(
             {
                 "settings": self._settings.model_dump(exclude={"checkpoint_steps", "workers", "xla"}),
-                "seed": self._options.seed,
+                "seed": self._options.order_seed,
                 "plan": [self._plan.n, self._plan.shares, self._plan.drop_remainder],
                 "monitor": [self._monitor, self._higher],
                 # By shape, not by name: Keras numbers the names of layers by what else the process has built.
@@ -216,6 +247,8 @@ class _Run:
         self._make_directory()
         self._checkpoints.restore(self._options.quiet, self._strategy)
         state = self._checkpoints.state
+        if self._validate is not None:
+            state.history.monitor, state.history.higher_is_better = self._monitor, self._higher
         if not state.finished:
             self._train(state)
         return state.history
@@ -229,23 +262,20 @@ class _Run:
             raise MachineError(f"the folder {self._options.directory} must be writable, and it is not.")
 
     def _train(self, state: TrainingState) -> None:
-        sampled = RowShapes.of(self._rows)
-        self._shapes = sampled.shapes
-        limit = _SPREAD_STEPS_PER_CALL if is_spread(self._strategy) else _MOST_STEPS_PER_CALL
-        self._most_steps = sampled.most_steps(self._settings.batch_size, limit)
-        self._steps_per_call = self._most_steps if is_spread(self._strategy) else 1
         writer = tf.summary.create_file_writer(str(self._options.directory / "tensorboard"))
         total = self._plan.steps * self._settings.epochs
         with (
             writer.as_default(),
+            self._unfreezing,
             progress(f"train {self._options.directory.name}", total, quiet=self._options.quiet, done=state.step) as bar,
         ):
             while not self._over(state):
                 began = time.monotonic()
                 self._epoch(state, bar)
-                metrics = self._validated(state)
-                state.history.seconds += time.monotonic() - began
-                self._close_epoch(state, metrics)
+                with self._as_kept(state):
+                    metrics = self._validated(state)
+                    state.history.seconds += time.monotonic() - began
+                    self._close_epoch(state, metrics)
                 self._checkpoints.save()
             self._checkpoints.restore_best()
             state.finished = True
@@ -263,8 +293,10 @@ class _Run:
         return state.epoch >= self._settings.epochs
 
     def _epoch(self, state: TrainingState, bar: Bar) -> None:
+        if self._unfreezing.begin(state.epoch):
+            self._programs = {}
         lengths, batch_size = self._rows.lengths, self._plan.batch_size
-        order = epoch_order(self._options.seed, state.epoch, self._plan.n, lengths, batch_size)
+        order = epoch_order(self._options.order_seed, state.epoch, self._plan.n, lengths, batch_size)
         while state.position < self._plan.steps:
             self._stretch(state, order, self._next_stop(state), bar)
             if state.position < self._plan.steps:
@@ -278,28 +310,47 @@ class _Run:
     def _stretch(self, state: TrainingState, order: np.ndarray, stop: int, bar: Bar) -> None:
         """Trains from the state's position up to `stop`."""
         with Feed(self._rows, self._plan, order, state.position, stop, self._settings.workers) as feed:
-            for block, losses in self._trained(feed):
+            began, waited = time.monotonic(), 0.0
+            for block, losses in self.trained(feed):
                 self._told(state, block, losses, bar)
+                ended = time.monotonic()
+                self._keep_pace(state.history, block, ended - began, feed.waited - waited)
+                began, waited = ended, feed.waited
 
-    def _trained(self, feed: Feed) -> Iterator[tuple[Block, np.ndarray]]:
+    def trained(self, feed: Feed) -> Generator[tuple[Block, np.ndarray]]:
         """Trains on all blocks of a feed, and gives each with its losses, in their order."""
         if is_asynchronous(self._strategy):
-            calls = ((block, self._program(block)) for block in self._blocks(feed))
+            calls = ((block, self._program(block, self._steps)) for block in self.blocks(feed))
             yield from self._scheduler.results(calls)
         else:
-            for block in self._blocks(feed):
-                yield block, self._timed_call(block)
+            for block in self.blocks(feed):
+                yield block, self.step(block)
 
-    def _blocks(self, feed: Feed) -> Iterator[Block]:
+    def blocks(self, feed: Feed) -> Generator[Block]:
+        """All blocks of a feed, as large as calls now are."""
         while blocks := feed.next_blocks(self._steps_per_call):
             yield from blocks
+
+    def full_batches(self, epoch: int) -> Feed:
+        """The batches of an epoch but for a short last one, which has a graph of its own; for measurements."""
+        order = epoch_order(self._options.order_seed, epoch, self._plan.n, self._rows.lengths, self._plan.batch_size)
+        stop = self._plan.full or self._plan.steps
+        return Feed(self._rows, self._plan, order, 0, stop, self._settings.workers)
+
+    def _keep_pace(self, history: History, block: Block, seconds: float, waited: float) -> None:
+        """Counts how fast a block went; making a graph takes longer than many steps, and says nothing of them."""
+        if not self._made_program:
+            history.samples += block.samples
+            history.step_seconds += seconds
+            history.wait_seconds += waited
+        self._made_program = False
 
     def _told(self, state: TrainingState, block: Block, losses: np.ndarray, bar: Bar) -> None:
         """Counts the steps of a block and says how they went."""
         self._check_finite(losses, state)
         self._count(losses, state)
         tf.summary.scalar("train/loss", losses[-1], step=state.step)
-        for name, rate in self._optimizers.learning_rates().items():
+        for name, rate in self._optimizers.learning_rates(state.epoch).items():
             tf.summary.scalar(f"train/{name}", rate, step=state.step)
         bar.advance(block.steps, epoch=state.epoch + 1, loss=float(losses[-1]))
 
@@ -320,6 +371,30 @@ class _Run:
                 f"training {self._options.directory}. Lower learning_rate, set clip_norm, or look for non-finite "
                 "values in the training rows."
             )
+
+    @contextlib.contextmanager
+    def _as_kept(self, state: TrainingState) -> Iterator[None]:
+        """The model as it is judged and kept while the context lasts: with the average, where there is one."""
+        if self._average is None or not self._average.begun(state.step):
+            yield
+            return
+        with self._average.in_place():
+            self._estimate_statistics(state.epoch)
+            yield
+
+    def _estimate_statistics(self, epoch: int) -> None:
+        """Gives BatchNormalization the statistics of training rows under the weights as they are."""
+        layers = normalizations(self._model)
+        if not layers:
+            return
+        plan, settings = self._plan, self._settings
+        order = epoch_order(self._options.order_seed, epoch, plan.n, self._rows.lengths, plan.batch_size)
+        stop = min(plan.full or plan.steps, math.ceil(STATISTICS_ROWS / plan.batch_size))
+        found = []
+        with latest_statistics(layers), Feed(self._rows, plan, order, 0, stop, settings.workers) as feed:
+            for block in self.blocks(feed):
+                found.append([array.numpy() for array in self._program(block, self._statistics)(*_tensors(block))])
+        set_statistics(layers, [np.concatenate(parts) for parts in zip(*found, strict=True)])
 
     def _validated(self, state: TrainingState) -> dict[str, float]:
         if self._validate is None:
@@ -344,28 +419,36 @@ class _Run:
         row = {
             "epoch": float(state.epoch + 1),
             "train_loss": state.loss_sum / self._plan.rows_until(self._plan.steps),
-            **{name: float(rate.numpy()) for name, rate in self._optimizers.learning_rates().items()},
+            **{name: float(rate.numpy()) for name, rate in self._optimizers.learning_rates(state.epoch).items()},
             **metrics,
         }
         for name, metric in metrics.items():
             tf.summary.scalar(f"validation/{name}", metric, step=state.step)
-        value, best = metrics.get(self._monitor), state.best_metric
+        if self._average is None or self._average.begun(state.step):
+            self._judge(state, metrics.get(self._monitor))
+        state.history.epochs.append(row)
+        state.epoch, state.position, state.loss_sum = state.epoch + 1, 0, 0.0
+
+    def _judge(self, state: TrainingState, value: float | None) -> None:
+        """Keeps the epoch that ends if it is the best so far."""
+        best = state.best_metric
         if value is None or best is None or (value > best if self._higher else value < best):
             state.best_metric, state.waited = value, 0
             state.history.best_epoch = state.epoch
             self._checkpoints.keep_best()
         else:
             state.waited += 1
-        state.history.epochs.append(row)
-        state.epoch, state.position, state.loss_sum = state.epoch + 1, 0, 0.0
 
     # ---- the steps -------------------------------------------------------------------------------------------
 
-    def _timed_call(self, block: Block) -> np.ndarray:
-        """Runs a block and adapts how many steps the next ones hold; the result does not depend on it."""
+    def step(self, block: Block) -> np.ndarray:
+        """Trains on a block: its losses, float32 [steps].
+
+        It adapts how many steps the next ones hold; the result does not depend on that.
+        """
         began = time.monotonic()
         with answered(self._strategy):
-            losses = self._program(block)(block.inputs, block.weights).numpy()
+            losses = self._program(block, self._steps)(*_tensors(block)).numpy()
         if is_spread(self._strategy):
             return losses
         seconds = time.monotonic() - began
@@ -375,8 +458,8 @@ class _Run:
             self._steps_per_call = min(self._most_steps, self._steps_per_call * 2)
         return losses
 
-    def _program(self, block: Block) -> Program:
-        """The compiled loop for batches of one size: full ones, and the shorter last one.
+    def _program(self, block: Block, loop: Program) -> Program:
+        """The compiled `loop` for batches of one size: full ones, and the shorter last one.
 
         Which axes vary is learned from the data before the first step, because a graph that was made for one
         shape may round differently, and a resumed run meets the shapes in another order. XLA, which TPUs need, compiles
@@ -386,13 +469,14 @@ class _Run:
         shapes = {name: tuple(tensor.shape[2:]) for name, tensor in block.inputs.items()}
         shapes = shapes if exact else self._common_shapes(shapes)
         size = int(block.weights.shape[1])
-        key = (size, *shapes.values())
+        key = (loop.__name__, size, *shapes.values())
         if key not in self._programs:
             inputs = {
                 name: tf.TensorSpec([None, size, *shapes[name]], tensor.dtype) for name, tensor in block.inputs.items()
             }
             signature = [inputs, tf.TensorSpec([None, size], tf.float32)]
-            self._programs[key] = tf.function(self._steps, input_signature=signature, jit_compile=False)
+            self._programs[key] = tf.function(loop, input_signature=signature, jit_compile=False)
+            self._made_program = True
         return self._programs[key]
 
     def _common_shapes(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, tuple[int | None, ...]]:
@@ -418,7 +502,24 @@ class _Run:
             batch = {name: tensor[step] for name, tensor in inputs.items()}
             of_replicas = self._strategy.run(self._replica_step, args=(batch, weights[step]))
             losses = losses.write(step, self._strategy.reduce(tf.distribute.ReduceOp.SUM, of_replicas, axis=None))
+            if self._average is not None:
+                self._average.update(self._strategy)
         return losses.stack()
+
+    def _statistics(self, inputs: dict[str, tf.Tensor], weights: tf.Tensor) -> list[tf.Tensor]:
+        """Mean and variance that each BatchNormalization layer in turn leaves of each batch, `[steps, ...]`; to be
+        traced within `latest_statistics`."""
+        kept = statistics_of(normalizations(self._model))
+        steps = tf.shape(weights)[0]
+        found = [tf.TensorArray(tf.float32, size=steps, element_shape=variable.shape) for variable in kept]
+        for step in tf.range(steps):
+            batch = {name: tensor[step] for name, tensor in inputs.items()}
+            self._strategy.run(self._forward, args=(batch, weights[step]))
+            found = [array.write(step, tf.identity(variable)) for array, variable in zip(found, kept, strict=True)]
+        return [array.stack() for array in found]
+
+    def _forward(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> None:
+        self._loss(self._own_share(batch, weights)[0])
 
     def _replica_step(self, batch: dict[str, tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
         batch, weights = self._own_share(batch, weights)
@@ -476,6 +577,10 @@ class _Run:
 
         with tf.device("/CPU:0"):  # where the batch lies: only the slice travels to the device
             return {name: _part(tensor, number, size) for name, tensor in batch.items()}, _part(weights, number, size)
+
+
+def _tensors(block: Block) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+    return block.inputs, block.weights
 
 
 def _part(rows: tf.Tensor, number: tf.Tensor, size: int) -> tf.Tensor:

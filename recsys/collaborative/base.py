@@ -74,6 +74,9 @@ class Member(abc.ABC):
     Config: ClassVar[type[Settings]]
     personal: ClassVar[bool] = True
     reads_content: ClassVar[bool] = False
+    averageable: ClassVar[bool] = False
+    """Whether `state` holds what a gradient trained, or numbers linear in it, so that the mean of the states of copies
+    is the state of the mean, see `recsys.soups`."""
     accelerations: ClassVar[tuple[str, ...]] = ("xla",)
     """Keys of the training loop that may be set, see `fusion.training.strategy.check_training`: tables gain nothing
     from 16 bits, and a loss with negatives out of the batch needs the whole of it."""
@@ -98,6 +101,9 @@ class Member(abc.ABC):
     def depends_on_seed(cls, config: Any) -> bool:
         """Whether another seed gives another member. Of members that are not trained by gradients few do."""
         return hasattr(config, "training")
+
+    def renew_statistics(self, data: TrainingData) -> None:  # noqa: B027
+        """After weights were averaged: nothing, for no member of a ranking has BatchNormalization."""
 
     @abc.abstractmethod
     def fit(self, data: TrainingData, options: RunOptions) -> History | None:

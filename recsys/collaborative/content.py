@@ -6,23 +6,26 @@ Three things make one: the encoder (exported as `embed_item`), a table of item e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import Field
 from scipy import sparse
 
 from fusion.activations import activations, embed_activations
 from fusion.compat import keras, tf
 from fusion.config import Settings, part_of
-from fusion.embeddings import embed, take
+from fusion.embeddings import concatenate, embed, take
 from fusion.errors import ConfigError, DataError
 from fusion.progress import progress, reached
 from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
 from fusion.submodels.base import has_trunk
+from fusion.submodels.warm_start import WarmStart
 from fusion.training.optimizers import Group
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
@@ -69,8 +72,13 @@ class Content(TowerMember):
 
         encoder: part_of(SUBMODELS)  # type: ignore[valid-type]
         """The submodel that embeds an item: text_bert, image_efficientnet, ..."""
+        share: str = ""
+        """Members that give the same word here have one encoder between them; joint training only."""
         columns: tuple[str, ...] = ()
         """Text columns, joined in this order; columns of a table, or patterns of names; unused for images."""
+        init_from: str = ""
+        """Folder of a fitted member, RUN/submodels/NAME, from whose encoder this one's starts, of a classification too:
+        arrays of layers of the same name and shape, and the vocabulary."""
         dimensions: int = Field(128, ge=1, le=4096)
         """Length of the vectors in which histories and items are compared."""
         temperature: float = Field(0.1, gt=0)
@@ -91,6 +99,12 @@ class Content(TowerMember):
     def __init__(self, config: Any, seed: int = 0) -> None:
         super().__init__(config, seed)
         self.encoder = config.encoder.make(derive_seed(seed, "encoder"))
+        self.adapted = False
+        """Whether the encoder knows training values already, because it is shared."""
+        self.start: WarmStart | None = None
+        self.projection: np.ndarray | None = None
+        """`[D, d]`, from embeddings to the vectors of candidates; None for plain cosines, and for members that were
+        fitted by older code."""
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -109,6 +123,15 @@ class Content(TowerMember):
         """Plain cosines have nothing to train."""
         return bool(config.scorer == "trained")
 
+    def start_from(self, start: WarmStart) -> None:
+        """Lets the encoder start from another member's; called before fitting."""
+        self.encoder.start_from(start)
+        self.start = start
+
+    def warm_start(self, origin: str) -> WarmStart:
+        """What this member, fitted or loaded, gives to a new one: its encoder. Tables belong to their catalogue."""
+        return WarmStart(origin, self.encoder, self.encoder.encoder())
+
     def fit(self, data: TrainingData, options: RunOptions) -> History:
         values = self._read(data)
         if self.encoder.frozen:
@@ -122,7 +145,7 @@ class Content(TowerMember):
         with scope(options):
             self.model = self._build(matrix)
         history = train_towers(self.model, self._scorer_now, data, Pairs(matrix), self.config, options)
-        self.tables = self._tables(self.table)
+        self._keep(self.table)
         return history
 
     def towers(self, data: TrainingData, options: RunOptions) -> Towers:
@@ -146,7 +169,7 @@ class Content(TowerMember):
 
         def finish() -> None:
             self.table = part.table() if part else first
-            self.tables = self._tables(first)
+            self._keep(first)
 
         more = {"gather": part.gather} if part else {}
         return Towers(self.model, self.config.temperature, groups, finish, **more)
@@ -154,8 +177,8 @@ class Content(TowerMember):
     def _read(self, data: TrainingData) -> Any:
         """The raw values of all items; the encoder adapts to those of training items."""
         values, self.speaks = read_content(self.encoder, self.config.columns, data)
-        known = self.speaks & (data.counts > 0)
-        self.encoder.adapt(take(values, np.flatnonzero(known)))
+        if not self.adapted:
+            self.encoder.adapt_to(_of_training(values, self.speaks, data))
         return values
 
     def _embeddable(self, data: TrainingData) -> sparse.csr_matrix:
@@ -207,6 +230,10 @@ class Content(TowerMember):
         item = self.table @ self.model.get_layer("item_projection").get_weights()[0]
         return history, item / np.maximum(np.linalg.norm(item, axis=1, keepdims=True), 1e-12)
 
+    def _keep(self, of_histories: np.ndarray) -> None:
+        self.projection = self.model.get_layer("item_projection").get_weights()[0]
+        self.tables = self._tables(of_histories)
+
     def _scorer_now(self) -> tf.Module:
         history, item = self._tables(self.table)
         return EmbeddingScorer(history, item, unit=True, decay=self.config.decay)
@@ -240,9 +267,11 @@ class Content(TowerMember):
 
     def state(self) -> dict[str, np.ndarray]:
         adapted = {f"encoder/{name}": value for name, value in self.encoder.state().items()}
-        if not self.encoder.frozen:
+        if not self.encoder.frozen or self.config.init_from:  # frozen ones else come from where they came from
             weights = self.encoder.encoder().get_weights()
             adapted |= {f"weights/{number:04d}": weight for number, weight in enumerate(weights)}
+        if self.projection is not None:
+            adapted["item_projection"] = self.projection
         return {
             "embeddings": self.table,
             "history_table": self.tables[0],
@@ -254,31 +283,79 @@ class Content(TowerMember):
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         self.table, self.speaks = state["embeddings"], state["speaks"]
         self.tables = state["history_table"], state["item_table"]
+        self.projection = state.get("item_projection")
         prefix = "encoder/"
         self.encoder.load_state({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
         weights = [state[name] for name in sorted(state) if name.startswith("weights/")]
         if weights:
             self.encoder.encoder().set_weights(weights)
 
-    def scorer(self) -> tf.Module:
+    def scorer(self) -> EmbeddingScorer:
         return EmbeddingScorer(*self.tables, unit=True, decay=self.config.decay)
+
+    def direction(self, history: np.ndarray, embedding: np.ndarray) -> np.ndarray | None:
+        """Where the score of an item lies in the space of embeddings: `[D]`, its product with `embedding` is the score.
+
+        The cosine's denominator is held as it is for this embedding, so that the score is linear in the embedding and
+        falls into parts (Stylianou et al. 2019, "Visualizing Deep Similarity Networks", decompose it so).
+
+        Args:
+            history: int32 `[L]`.
+            embedding: float32 `[D]`, as the encoder makes it of the item.
+
+        Returns:
+            None where the member was fitted by code that did not keep what is needed.
+        """
+        user = self.scorer().user(tf.constant(history[None], tf.int32)).numpy()[0]
+        if self.config.scorer == "cosine":
+            towards, vector = user, embedding
+        elif self.projection is None:
+            return None
+        else:
+            towards, vector = self.projection @ user, embedding @ self.projection
+        return np.asarray(towards / max(float(np.linalg.norm(vector)), 1e-12), np.float32)
 
     def contents(self) -> dict[str, Contents]:
         return {"item": Contents(self.encoder, self.config.columns, self.table, self.speaks)}
 
 
+def share_encoders(members: Mapping[str, Any], data: TrainingData) -> None:
+    """Gives members of one `share` the encoder of the first of them: one object, one set of weights, which has adapted
+    to what all of them read of training items."""
+    shares: dict[str, list[Content]] = {}
+    for member in members.values():
+        if word := getattr(member.config, "share", ""):
+            shares.setdefault(word, []).append(member)
+    for group in shares.values():
+        encoder = group[0].encoder
+        read = [read_content(encoder, member.config.columns, data) for member in group]
+        encoder.adapt_to(concatenate([_of_training(values, speaks, data) for values, speaks in read]))
+        for member in group:
+            member.encoder, member.adapted = encoder, True
+
+
+def _of_training(values: Any, available: np.ndarray, data: TrainingData) -> Any:
+    """Those of the items' values that are there and of training items."""
+    return take(values, np.flatnonzero(available & (data.counts > 0)))
+
+
 def read_content(encoder: Any, columns: Sequence[str], data: TrainingData) -> tuple[Any, np.ndarray]:
     """The raw values of all items (texts, uint8 `[I, H, W, 3]`, or cells), and which items have any, bool `[I]`."""
+    return read_items(encoder, columns, data.catalogue, data.cache / "images")
+
+
+def read_items(
+    encoder: Any, columns: Sequence[str], catalogue: pd.DataFrame, cache: Path | None = None
+) -> tuple[Any, np.ndarray]:
+    """The same of the items of a table; decoded images are kept in `cache`."""
     if encoder.modality == "image":
         from fusion.images import load_images
 
-        pixels, available, _ = load_images(
-            list(data.catalogue[IMAGE]), encoder.config.image_size, data.cache / "images"
-        )
+        pixels, available, _ = load_images(list(catalogue[IMAGE]), encoder.config.image_size, cache)
         return pixels, available
     if encoder.modality == "tabular":
-        return read_cells(data.catalogue, columns)
-    texts = join_columns(data.catalogue, columns)
+        return read_cells(catalogue, columns)
+    texts = join_columns(catalogue, columns)
     return texts, np.array([bool(text) for text in texts])
 
 

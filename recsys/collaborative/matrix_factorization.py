@@ -11,6 +11,7 @@ from scipy import sparse
 
 from fusion.compat import keras, tf
 from fusion.config import Settings
+from fusion.errors import ConfigError
 from fusion.training.optimizers import Group
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
@@ -32,6 +33,7 @@ from recsys.collaborative.pairs import (
     train_towers,
 )
 from recsys.collaborative.svd import right_singular_vectors
+from recsys.collaborative.user_rows import PARTS, UserRows, pool_others, softmax_of_rows
 
 Tables = tuple[tf.Tensor, tf.Tensor]
 """Vectors of items as parts of a history, and as candidates, each `[I, D]`."""
@@ -60,6 +62,9 @@ class MatrixFactorization(TowerMember):
         """svd: both tables start as the item vectors of the truncated SVD of who took what."""
         max_history: int = Field(128, ge=1, le=4096)
         """Items of a history that training looks at; scoring looks at all of them."""
+        together: int = Field(1, ge=1, le=1024)
+        """Items of a user that are trained as one row, each foretold from the others, for softmax: many times as fast
+        as 1, where each target brings a history of its own. A multiple of 4; joint training always takes pairs."""
         dropout: float = Field(0.2, ge=0, lt=1)
         """Share of the user vector's entries that training silences."""
         l2: float = Field(0.0, ge=0)
@@ -70,6 +75,16 @@ class MatrixFactorization(TowerMember):
         """What an item of a history counts in an answer, relative to the one taken after it."""
         training: TrainingSettings = TrainingSettings(epochs=20, batch_size=1024, learning_rate=0.005)
         """The training loop."""
+
+    averageable = True
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        if config.together > 1 and (config.loss != "softmax" or config.together % PARTS):
+            raise ConfigError(
+                f"together must be 1, or with loss softmax a multiple of {PARTS}; received {config.together} with loss "
+                f"{config.loss}."
+            )
 
     @classmethod
     def joins(cls, config: Any) -> bool:
@@ -94,12 +109,30 @@ class MatrixFactorization(TowerMember):
 
     def _train(self, data: TrainingData, options: RunOptions) -> History:
         config, seed = self.config, derive_seed(self.seed, "histories")
+        if config.together > 1:
+            return self._train_rows(data, options)
         if config.loss == "softmax":
             pairs = HistoryPairs(data.matrix, config.max_history, seed)
             return train_towers(self.model, self._scorer_now, data, pairs, config, options)
         drawn = NegativePairs(data.matrix, config.max_history, seed, config.negatives, config.sampling)
         loss = pairwise(self.model, config.loss, data.matrix.shape[1])
         return train_towers(self.model, self._scorer_now, data, drawn, config, options, loss)
+
+    def _train_rows(self, data: TrainingData, options: RunOptions) -> History:
+        """Several pairs of a user at once; a batch has as many pairs as it would have had rows."""
+        config = self.config
+        with scope(options):
+            items = keras.Input((config.together,), dtype=tf.int32, name="items")
+            vectors = self.model.get_layer("vectors")({"history": items, "target": items})
+            user = self.model.get_layer("silenced")(pool_others(vectors["history"], items))
+            model = keras.Model({"items": items}, {"user": user, "item": vectors["target"]})
+        training = config.training.model_copy(
+            update={"batch_size": max(1, config.training.batch_size // config.together)}
+        )
+        rows = UserRows(data.matrix, config.together, derive_seed(self.seed, "rows"))
+        loss = softmax_of_rows(model, config.temperature)
+        of_rows = config.model_copy(update={"training": training})
+        return train_towers(model, self._scorer_now, data, rows, of_rows, options, loss)
 
     def _build(self, matrix: sparse.csr_matrix) -> keras.Model:
         vectors = _ItemVectors(
@@ -118,7 +151,11 @@ class MatrixFactorization(TowerMember):
         rows = vectors(inputs)
         user = pool_history(rows.pop("history"), recency(inputs["history"], 1.0), unit=False)
         user = keras.layers.Dropout(
-            self.config.dropout, rng_type="stateful", force_generator=True, seed=derive_seed(self.seed, "dropout")
+            self.config.dropout,
+            rng_type="stateful",
+            force_generator=True,
+            seed=derive_seed(self.seed, "dropout"),
+            name="silenced",
         )(user)
         return keras.Model(inputs, {"user": user, "item": rows.pop("target"), **rows})
 

@@ -61,6 +61,7 @@ class MultVAE(Member):
         """The training loop; a row is a user's history."""
 
     accelerations = ("xla", "accumulate")
+    averageable = True
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
         """Trains the network on all histories; DataError where there are none."""

@@ -160,12 +160,17 @@ def in_batch_softmax(model: keras.Model, temperature: float = 1.0, accidental_hi
     return loss
 
 
-def in_batch_cross_entropy(logits: tf.Tensor, batch: dict[str, tf.Tensor]) -> tf.Tensor:
-    """The loss `[b]` of `in_batch_softmax` for scores `[b, b]` of any kind, the targets of the batch by column."""
-    target = batch["target"]
-    corrected = logits - tf.math.log(tf.clip_by_value(batch["probability"], 1e-6, 1.0))
-    hits = tf.cast(target[:, None] == target[None, :], tf.float32)
-    hits -= tf.eye(tf.shape(target)[0])
+def in_batch_cross_entropy(logits: tf.Tensor, target: tf.Tensor, candidates: dict[str, tf.Tensor]) -> tf.Tensor:
+    """The loss `[b]` of `in_batch_softmax` for scores of any kind.
+
+    Args:
+        logits: `[b, C]`, candidates by column.
+        target: item numbers `[b]`; candidate i is the target of row i.
+        candidates: their `target` `[C]` and `probability` `[C]`.
+    """
+    corrected = logits - tf.math.log(tf.clip_by_value(candidates["probability"], 1e-6, 1.0))
+    hits = tf.cast(target[:, None] == candidates["target"][None, :], tf.float32)
+    hits -= tf.eye(tf.shape(target)[0], tf.shape(logits)[1])
     return tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(tf.shape(target)[0]), corrected + NEVER * hits)
 
 

@@ -57,6 +57,7 @@ class SequenceMember(Member):
     config: Any
     length: int
     model: keras.Model
+    averageable = True
 
     @abc.abstractmethod
     def _states(self, vectors: tf.Tensor, known: tf.Tensor) -> tf.Tensor:

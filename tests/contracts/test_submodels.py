@@ -12,6 +12,7 @@ from fusion.errors import ConfigError, DataError
 from fusion.submodels import SUBMODELS
 from fusion.submodels.base import Pretrained
 from fusion.submodels.head import HeadSettings, classifier, head
+from fusion.submodels.image_backbone import write_weights
 from tiny_bert import write_tiny_bert
 
 TEXTS = ["a red film", "the blue night, the blue sea", "", "war and war and night", "a sea of red", "film"]
@@ -34,6 +35,7 @@ def make(tmp_path_factory):
         "text_convolution": {"max_words": 12, "min_count": 1, "word_dimensions": 6, "runs": [1, 3], "filters": 4},
         "text_recurrent": {"max_words": 12, "min_count": 1, "word_dimensions": 6, "units": 4},
         "image_efficientnet": {"image_size": 32},
+        "image_backbone": alexnet(tmp_path_factory.mktemp("alexnet") / "weights.npz"),
         "image_cnn": {"image_size": 16, "widths": [4, 8]},
         "dense": {"widths": [8, 4]},
     }
@@ -45,6 +47,14 @@ def make(tmp_path_factory):
         return submodel
 
     return build
+
+
+def alexnet(path):
+    """Settings of the network that is built fastest, with random weights of a file."""
+    settings = {"name": "alexnet", "image_size": 64}
+    kind = SUBMODELS["image_backbone"]
+    model = kind(parse(kind.Config, settings | {"fine_tune": "all"}), 1).encoder()
+    return settings | {"weights": str(path), "sha256": write_weights("alexnet", model, path)}
 
 
 @pytest.fixture(scope="module", params=sorted(SUBMODELS))

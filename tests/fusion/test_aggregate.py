@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusion.errors import DataError
-from fusion.training.aggregate import greedy_soup, mean_state
+from fusion.training.aggregate import greedy_soup, mean_state, validation_weights
 
 
 def state(seed: int, rows: int = 3) -> dict[str, np.ndarray]:
@@ -35,6 +35,12 @@ class TestMean:
         one, two, three = state(1), state(2), state(3)
         found = mean_state({"one": one, "two": two, "three": three}, {"one": 30, "two": 10, "three": 0})
         np.testing.assert_allclose(found["bias"], 0.75 * one["bias"] + 0.25 * two["bias"], rtol=1e-6)
+
+    def test_weights_follow_validation(self) -> None:
+        """G6: by the metric, or by its inverse where low is good; alike where none reaches anything."""
+        assert validation_weights({"a": 0.9, "b": 0.3}, higher_is_better=True) == {"a": 0.9, "b": 0.3}
+        assert validation_weights({"a": 0.5, "b": 2.0}, higher_is_better=False) == {"a": 2.0, "b": 0.5}
+        assert validation_weights({"a": 0.0, "b": 0.0}, higher_is_better=True) == {"a": 1.0, "b": 1.0}
 
     def test_a_mean_of_one_is_that_one_and_shares_no_memory(self) -> None:
         one = state(1)

@@ -32,6 +32,7 @@ from fusion.training.cluster import (
     lost_processes,
     meet,
     same_everywhere,
+    serve,
 )
 from fusion.training.local_cluster import places, processes
 from fusion.training.separate import cross_entropy
@@ -149,6 +150,29 @@ def test_processes_meet_before_tensorflow_starts() -> None:
     assert met(calls) == [None] * 3
     thread.join(30)
     socket.create_server(("127.0.0.1", int(three[0].address.split(":")[1]))).close()
+
+
+def test_a_caller_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I2: a monitor that holds a connection open keeps nobody from the meeting."""
+    monkeypatch.setattr(cluster_module, "_GREETING_SECONDS", 0.2)
+    two = [place(config) for config in places(2).values()]
+    outcomes: list[Exception | None] = []
+    leader = threading.Thread(target=lambda: outcomes.extend(met([(two[0], "topic", 8.0)])))
+    leader.start()
+    port, silent = int(two[0].address.split(":")[1]), socket.socket()
+    until(lambda: silent.connect_ex(("127.0.0.1", port)) == 0, lambda: None)
+    with silent:
+        outcomes += met([(two[1], "topic", 8.0)])
+    leader.join(30)
+    assert outcomes == [None] * 2
+
+
+def test_a_coordinator_that_does_not_begin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I1: it may end between the meeting and its first step; workers on other machines would wait without end."""
+    monkeypatch.setattr(tf.distribute, "Server", lambda *_, **__: None)
+    monkeypatch.setattr(cluster_module, "_PROBE_SECONDS", 0.05)
+    with pytest.raises(MachineError, match=r"chief 0 must begin within 0.2 s .* nobody answers at 127"):
+        serve(place(places(1, ps=1)["worker 0"]), 0.2)
 
 
 def test_who_does_not_come_is_named() -> None:

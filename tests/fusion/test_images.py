@@ -204,6 +204,33 @@ def test_the_cache_gives_the_same_and_is_used(tmp_path, monkeypatch):
         assert cached[2] == plain[2]
 
 
+def test_an_image_is_decoded_once_whatever_list_it_stands_in(tmp_path, monkeypatch):
+    """F12: what cleaning drops, or a data set that grows, costs no second decoding; other sizes and whites do."""
+    colours = {"a": "red", "b": "white", "c": "black", "d": "blue"}
+    paths = {name: save(tmp_path / f"{name}.png", solid(colour)) for name, colour in colours.items()}
+    bad, dark = str(tmp_path / "none.png"), np.ones((4, 4))
+    decoded = []
+    read = module._read
+    monkeypatch.setattr(module, "_read", lambda value, *rest: (decoded.append(value), read(value, *rest))[1])
+
+    def load(*values, size=8):
+        decoded.clear()
+        pixels, _, reasons = load_images(values, size, tmp_path / "cache")
+        read_here = [value if isinstance(value, str) else "array" for value in decoded]
+        expected, _, why = load_images(values, size)
+        np.testing.assert_array_equal(pixels, expected)
+        assert reasons == why
+        return sorted(read_here)
+
+    assert load(paths["a"], bad, paths["b"], dark, paths["c"]) == sorted([*map(paths.get, "abc"), bad, "array"])
+    assert load(paths["c"], paths["a"]) == []
+    assert load(paths["d"], bad, paths["c"], paths["a"], dark) == sorted([paths["d"], bad])
+    assert load(dark, 16 * dark, paths["a"]) == ["array", "array"], "with another white, other pixels"
+    assert load(paths["a"], size=4) == [paths["a"]]
+    (tmp_path / "cache" / "images-4-damaged").mkdir()
+    assert load(paths["a"], paths["b"], size=4) == [paths["b"]]
+
+
 def test_a_changed_file_or_size_is_read_anew(tmp_path):
     path = save(tmp_path / "a.png", solid())
     load_images([path], 8, tmp_path / "cache")

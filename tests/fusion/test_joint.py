@@ -120,8 +120,10 @@ def logits_of(members: Mapping[str, ClassifierMember], rows: JointRows) -> np.nd
 
 
 def test_without_a_fused_loss_it_is_separate_training(tmp_path: Path) -> None:
-    """G1, G3: members step on the same batches as alone, each by its own optimizer, and end with the same bits."""
-    rows, alone, together = rows_of(48, 0), both(), both()
+    """G1, G3: members step on the same batches as alone, each by its own optimizer with its own learning rates by
+    block, and end with the same bits."""
+    slow = image_member(training={**TRAINING, "encoder_rate": 0.1})
+    rows, alone, together = rows_of(48, 0), *(members_of(image=slow, text=text_member()) for _ in range(2))
     for name, member in alone.items():
         data = LabelledData(Examples(rows.values[name], rows.labels), None, CLASSES, tmp_path / "cache", "rows")
         member.fit(data, RunOptions(SEED, tmp_path / name, quiet=True))
@@ -147,7 +149,7 @@ def test_a_run_is_decided_by_its_seed_even_when_interrupted(
     broken, resumed = both(), both()
     calls = iter(range(1000))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fusion.training.trainer._Run._check_finite", lambda *_: next(calls) < 5 or _interrupt())
+        patch.setattr("fusion.training.trainer.Loop._check_finite", lambda *_: next(calls) < 5 or _interrupt())
         train(broken, tmp_path, **RESUMABLE)
     train(resumed, tmp_path, **RESUMABLE)
     assert same_bits(uninterrupted, resumed) and not same_bits(uninterrupted, broken)
@@ -296,15 +298,19 @@ def test_rules_without_a_gradient_are_refused_by_name() -> None:
     """G1"""
     rules = {kind: parse_part(RULES, {"kind": kind}, "rules") for kind in ("vote", "greedy", "average")}
     rules["ranks"] = parse_part(RULES, {"kind": "average", "mean": "rank"}, "rules")
-    assert joint_rule(settings_of(), rules, NAMES) == "average"
-    assert joint_rule(settings_of(rule="average"), rules, NAMES) == "average"
+    assert joint_rule(settings_of(), rules, NAMES, NAMES) == "average"
+    assert joint_rule(settings_of(rule="average"), rules, NAMES, NAMES) == "average"
     for name in ("vote", "greedy", "ranks"):
         with pytest.raises(ConfigError, match=f"received {rules[name].kind}, which has none. Add a rule of kind"):
-            joint_rule(settings_of(rule=name), rules, NAMES)
+            joint_rule(settings_of(rule=name), rules, NAMES, NAMES)
     with pytest.raises(ConfigError, match="received vote, greedy, which have none"):
-        joint_rule(settings_of(), {name: rules[name] for name in ("vote", "greedy")}, NAMES)
+        joint_rule(settings_of(), {name: rules[name] for name in ("vote", "greedy")}, NAMES, NAMES)
     with pytest.raises(ConfigError, match="no rule 'mean': known are"):
-        joint_rule(settings_of(rule="mean"), rules, NAMES)
+        joint_rule(settings_of(rule="mean"), rules, NAMES, NAMES)
+    whole = {"mlp": parse_part(RULES, {"kind": "stacker_mlp"}, "rules")}
+    assert joint_rule(settings_of(), whole, NAMES, NAMES) == "mlp"
+    with pytest.raises(ConfigError, match=r"can do with .* image, text; 'mlp' counts on all of image, text, linear"):
+        joint_rule(settings_of(), whole, [*NAMES, "linear"], NAMES)
     with pytest.raises(ConfigError, match="one of the keys fused and auxiliary must be above 0"):
         settings_of(fused=0, auxiliary=0)
 

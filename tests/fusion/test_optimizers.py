@@ -115,3 +115,24 @@ def test_a_variable_is_in_exactly_one_group(
     model = two_layers()
     with pytest.raises(ValueError, match=message):
         run(model, groups(model), tmp_path)
+
+
+def test_adagrad_makes_of_a_mean_what_it_makes_of_a_sum(tmp_path: Path) -> None:
+    """F6: the sum of squares begins with 1, the gradients [3, 3] of u add 9; a tenth of the loss gives the same."""
+    steps = []
+    for scale, start in ((1.0, 1.0), (0.1, 0.01)):
+        model = two_layers()
+        adagrad = OptimizerSettings(optimizer="adagrad", learning_rate=0.1, initial_accumulator=start)
+        fit(
+            model,
+            lambda batch, model=model, scale=scale: scale * model(batch["x"], training=True)[:, 0],
+            ROWS,
+            LoopSettings(epochs=1, batch_size=4),
+            RunOptions(seed=1, directory=tmp_path / str(scale), quiet=True),
+            None,
+            groups=groups_of(model, adagrad, adagrad),
+        )
+        steps.append(model.get_layer("second").get_weights()[0].ravel())
+    np.testing.assert_allclose(steps, [[1 - 0.1 * 3 / np.sqrt(10)] * 2] * 2, rtol=1e-5)
+    with pytest.raises(ValueError, match="initial_accumulator must go with optimizer adagrad"):
+        OptimizerSettings(initial_accumulator=1.0)

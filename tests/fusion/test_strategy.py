@@ -23,7 +23,7 @@ from fusion.errors import ConfigError
 from fusion.submodels.head import HeadSettings
 from fusion.submodels.image_cnn import ImageCnn
 from fusion.training.separate import ClassifierTraining, Examples, cross_entropy, train_classifier
-from fusion.training.strategy import StrategySettings, check_batch, logical_cpus, make_strategy, replicas
+from fusion.training.strategy import StrategySettings, check_batch, logical_cpus, make_strategy, replicas, strategy_of
 from fusion.training.trainer import TrainingSettings, fit
 from fusion.types import RunOptions
 
@@ -38,6 +38,11 @@ TWO_CPUS = {"kind": "mirrored", "devices": ["CPU:0", "CPU:1"]}
         ({"kind": "mirrored", "devices": ["CPU:0", "CPU:0"]}, "each device must stand once"),
         ({"kind": "default", "devices": ["CPU:0"]}, "devices must go with kind mirrored"),
         ({"kind": "miror"}, "strategy.kind"),
+        ({"placement": {"text": "gpu"}}, "named like CPU:0 or GPU:1; received 'gpu'"),
+        (
+            {**TWO_CPUS, "placement": {"text": "CPU:0"}},
+            "placement must go with kind default, because mirrored has devices",
+        ),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
@@ -60,6 +65,8 @@ def test_default_is_one_device_and_missing_devices_are_named() -> None:
     assert make_strategy(StrategySettings()).num_replicas_in_sync == 1
     with pytest.raises(ConfigError, match="GPU:7 is not"):
         make_strategy(StrategySettings(kind="mirrored", devices=["GPU:7"]))
+    with pytest.raises(ConfigError, match=r"strategy\.placement must be on this machine; GPU:7 is not\. It has"):
+        make_strategy(StrategySettings(placement={"text": "GPU:7"}))
     tf.constant(0.0) + 1.0  # opens the CPU
     with pytest.raises(ConfigError, match="before TensorFlow first uses it"):
         logical_cpus(64)
@@ -72,9 +79,9 @@ def two_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     subprocess.run(
         [sys.executable, __file__, str(directory)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         check=True,
-        timeout=180,
+        timeout=400,
     )
     return json.loads((directory / "result.json").read_text())
 
@@ -94,8 +101,17 @@ def test_mirrored_adam_with_penalty_and_clipping_equals_one_device(two_devices: 
     np.testing.assert_allclose(two_devices["adam_two"], two_devices["adam_one"], atol=1e-5, rtol=0)
 
 
+def test_mirrored_average_of_the_weights_equals_one_device(two_devices: dict[str, Any]) -> None:
+    """G5, I2: what is kept is the average over all steps, and BatchNormalization has its statistics, of all rows."""
+    one, two, plain = (np.array(two_devices[name]) for name in ("ema_images_one", "ema_images_two", "images_two"))
+    np.testing.assert_allclose(two, one, atol=1e-5, rtol=0)
+    assert np.abs(two - plain).max() > 1e-3
+    one, two = (np.array(two_devices[f"ema_moving_{devices}"]) for devices in ("one", "two"))
+    np.testing.assert_allclose(two, one, atol=1e-5, rtol=1 / 255)
+
+
 def test_mirrored_with_dropout_and_normalisation_resumes(two_devices: dict[str, Any]) -> None:
-    """F10, I2: checkpoints hold the state of every replica."""
+    """F10, G5, I2: checkpoints hold the state of every replica, and the average of the weights."""
     np.testing.assert_allclose(two_devices["resumed"], two_devices["whole"], atol=1e-7, rtol=0)
 
 
@@ -111,12 +127,31 @@ def test_mirrored_statistics_and_negatives_are_of_the_whole_batch(two_devices: d
     assert np.abs(one - 1).min() > 1e-3, "they have moved"
 
 
+def test_mirrored_joint_training_equals_one_device(two_devices: dict[str, Any]) -> None:
+    """I2, G1: members of a ranking that are trained together have the negatives of the whole batch as well, in the
+    fused loss and in their own; and their gradients agree as on one device."""
+    one, two = two_devices["joint_one"], two_devices["joint_two"]
+    np.testing.assert_allclose(two["learned"], one["learned"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    assert set(one["conflict"]) == {"conflict/factorization", "conflict/words"}
+    assert two["conflict"] == pytest.approx(one["conflict"], abs=1e-4)
+
+
 def test_one_strategy_per_process(two_devices: dict[str, Any]) -> None:
     """A second MirroredStrategy would abort the first one's collectives; a model from outside is named."""
     assert two_devices["same_object"]
     assert "can mirror over one set of devices" in two_devices["other_devices"]
     assert "must be built in the scope of the strategy" in two_devices["outside"]
     assert "multiple of the 2 devices" in two_devices["odd_batch"]
+
+
+def test_a_member_is_trained_where_it_is_placed(two_devices: dict[str, Any]) -> None:
+    """I5: its variables and its steps are on that device, and what it learns is what it learns elsewhere."""
+    placed = two_devices["placed"]
+    assert (placed["first"]["held"], placed["first"]["ran"]) == (["CPU:1"], ["CPU:1"])
+    assert (placed["second"]["held"], placed["second"]["ran"]) == (["CPU:0"], ["CPU:0"])
+    assert placed["anywhere"]["held"] == ["CPU:0"] and placed["anywhere"]["ran"] == [""]
+    assert placed["first"]["weights"] == placed["second"]["weights"] == placed["anywhere"]["weights"]
 
 
 # ---- the process with two devices ----------------------------------------------------------------------------
@@ -173,20 +208,48 @@ def _train(
     return weights, [row["train_loss"] for row in history.epochs]
 
 
-def _train_images(strategy: tf.distribute.Strategy | None, directory: Path) -> tuple[list[float], list[float]]:
+def _train_images(
+    strategy: tf.distribute.Strategy | None, directory: Path, **settings: Any
+) -> tuple[list[float], list[float]]:
     """Weights and moving statistics of a small network after four steps."""
     options = RunOptions(seed=3, directory=directory, strategy=strategy, quiet=True)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
-    settings = parse(ClassifierTraining, {"epochs": 2, "batch_size": 16, "learning_rate": 0.1, "optimizer": "sgd"})
+    given = {"epochs": 2, "batch_size": 16, "learning_rate": 0.1, "optimizer": "sgd", **settings}
+    training = parse(ClassifierTraining, given)
     submodel = ImageCnn(ImageCnn.Config(image_size=8, widths=(4, 8), dropout=0.0), 1)
     examples = Examples(images, random.integers(0, 2, 32))
-    fitted = train_classifier(submodel, examples, None, 2, HeadSettings(), settings, options, directory)
+    fitted = train_classifier(submodel, examples, None, 2, HeadSettings(), training, options, directory)
 
     def flat(variables: list[tf.Variable]) -> list[float]:
         return np.concatenate([variable.numpy().ravel() for variable in variables]).tolist()
 
     return flat(fitted.model.trainable_variables), flat(fitted.model.non_trainable_variables)
+
+
+def _placed(directory: Path) -> dict[str, dict[str, Any]]:
+    """By member of a placement: where its variables are, where its steps ran, and the weights it ended with."""
+    settings = parse(StrategySettings, {"placement": {"first": "CPU:1", "second": "CPU:0"}})
+    found = {}
+    for member in ("first", "second", "anywhere"):
+        strategy = strategy_of(settings, member)
+        with strategy.scope():
+            model = _model(False)
+        ran: set[str] = set()
+
+        def loss(batch: dict[str, tf.Tensor], model: keras.Model = model, ran: set[str] = ran) -> tf.Tensor:
+            logits = model(batch["x"], training=True)
+            ran.add(logits.device[-5:])  # asked while the graph is made
+            return cross_entropy(batch["label"], logits)
+
+        options = RunOptions(seed=3, directory=directory / member, strategy=strategy, quiet=True)
+        fit(model, loss, _data(64), TrainingSettings(epochs=2, batch_size=16), options, None)
+        found[member] = {
+            "held": sorted({variable.device[-5:] for variable in model.variables}),
+            "ran": sorted(ran),
+            "weights": np.concatenate([weight.ravel() for weight in model.get_weights()]).tolist(),
+        }
+    return found
 
 
 def _refusal(action: Any) -> str:
@@ -199,6 +262,7 @@ def _refusal(action: Any) -> str:
 
 def _main(directory: Path) -> None:
     from test_distribute import train_pairs
+    from worlds import joint_members
 
     settings = parse(StrategySettings, TWO_CPUS)
     strategy = make_strategy(settings)
@@ -208,13 +272,16 @@ def _main(directory: Path) -> None:
     last = tf.train.latest_checkpoint(str(directory / "two/checkpoints"))
     steps = json.loads(tf.train.load_variable(last, "state/.ATTRIBUTES/py_state"))["step"]
     adam = {"optimizer": "adam", "learning_rate": 0.05, "clip_norm": 0.5, "penalty": 0.1}
-    whole = {"extras": True, "optimizer": "adam", "learning_rate": 0.05, "checkpoint_steps": 2}
-    try:
-        _train(strategy, directory / "resumed", interrupt_at=5, **whole)
+    ema = {"average": {"kind": "ema", "decay": 0.8}}
+    whole = {**ema, "extras": True, "optimizer": "adam", "learning_rate": 0.05, "checkpoint_steps": 2}
+    try:  # after four steps, as many batches of statistics, and two steps
+        _train(strategy, directory / "resumed", interrupt_at=10, **whole)
     except KeyboardInterrupt:
         resumed, _ = _train(strategy, directory / "resumed", **whole)
     images_one, moving_one = _train_images(None, directory / "images_one")
     images_two, moving_two = _train_images(strategy, directory / "images_two")
+    ema_images_one, ema_moving_one = _train_images(None, directory / "ema_images_one", **ema)
+    ema_images_two, ema_moving_two = _train_images(strategy, directory / "ema_images_two", **ema)
     other = StrategySettings(kind="mirrored", devices=["CPU:1"])
     outside = _model(False)
     result = {
@@ -233,8 +300,14 @@ def _main(directory: Path) -> None:
         "images_two": images_two,
         "moving_one": moving_one,
         "moving_two": moving_two,
+        "ema_images_one": ema_images_one,
+        "ema_images_two": ema_images_two,
+        "ema_moving_one": ema_moving_one,
+        "ema_moving_two": ema_moving_two,
         "pairs_one": train_pairs(directory / "pairs_one").tolist(),
         "pairs_two": train_pairs(directory / "pairs_two", strategy).tolist(),
+        "joint_one": joint_members(directory / "joint_one"),
+        "joint_two": joint_members(directory / "joint_two", strategy),
         "same_object": make_strategy(settings) is strategy,
         "other_devices": _refusal(lambda: make_strategy(other)),
         "outside": _refusal(
@@ -247,6 +320,7 @@ def _main(directory: Path) -> None:
                 None,
             )
         ),
+        "placed": _placed(directory / "placed"),
         "odd_batch": _refusal(lambda: _train(strategy, directory / "odd", batch_size=15)),
     }
     (directory / "result.json").write_text(json.dumps(result))

@@ -373,3 +373,31 @@ def test_causal_attention_sees_nothing_that_comes_later(tiny):
     alike, different = first_tokens(True), first_tokens(False)
     np.testing.assert_allclose(alike[0], alike[1], atol=1e-6)
     assert np.abs(different[0] - different[1]).max() > 1e-3
+
+
+# ---- several layers
+
+
+def test_layers_are_pooled_and_laid_side_by_side(tiny):
+    """E5: hidden states by number, 0 before the first layer; what lies above the last one is left out."""
+    whole = bert(tiny, normalise=False)
+    features = whole.prepare(TEXTS)
+    states = [whole.encoder().get_layer(f"{name}_norm").output for name in ("embeddings", "layer0", "layer1")]
+    states = [x.numpy() for x in keras.Model(whole.encoder().inputs, states)(features)]
+    mask = features["attention_mask"][:, :, None]
+    means = [(state * mask).sum(axis=1) / mask.sum(axis=1) for state in states]
+    two = bert(tiny, normalise=False, layers=[0, 2], fine_tune=1, dropout=0.0)
+    assert two.dimensions == 2 * SHAPE["hidden_size"]
+    np.testing.assert_allclose(two.encoder()(features), np.concatenate(means[::2], axis=1), atol=1e-5)
+    np.testing.assert_allclose(two.top()(two.trunk()(features)), two.encoder()(features), atol=1e-5)
+    first = bert(tiny, normalise=False, layers=[1], pooling="cls")
+    np.testing.assert_allclose(first.encoder()(features), states[1][:, 0], atol=1e-5)
+    assert len(first.blocks()) == 2 and len(whole.blocks()) == 3
+    lengths = np.linalg.norm(bert(tiny, layers=[0, 1]).encoder()(features), axis=1)
+    np.testing.assert_allclose(lengths, 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [[3], [1, 1]])
+def test_layers_that_are_not_there_are_refused(tiny, chosen):
+    with pytest.raises(ConfigError, match="layers must be different numbers from 0 to 2"):
+        bert(tiny, layers=chosen).encoder()

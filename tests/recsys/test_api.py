@@ -43,6 +43,26 @@ def test_contributions_sum_to_the_score(recommender: recsys.Recommender) -> None
     assert all(rows.score.is_monotonic_decreasing for _, rows in table.groupby("row"))
 
 
+def test_an_answer_is_explained(recommender: recsys.Recommender) -> None:
+    """A7: score and shares are those of `recommend`; EASE's reasons are liked items; errors name what is wrong."""
+    asked = {"u01": recommender.recommend(user_ids=["u01"], k=2), "": recommender.recommend(histories=[["i03", "i05"]])}
+    for user, table in asked.items():
+        first = table.iloc[0]
+        given: dict[str, Any] = {"user_id": user} if user else {"history": ["i05", "no such item", "i03", "i05"]}
+        why = recommender.explain(first.item_id, **given)
+        assert why.item_id == first.item_id and why.score == pytest.approx(first.score, abs=1e-5)
+        assert why.shares == {name: pytest.approx(first[name], abs=1e-5) for name in ("popularity", "ease")}
+        assert set(why.liked_by_member) <= {"ease"} and not why.words and not why.regions
+        named = {liked.item_id for liked in (*why.liked, *why.liked_by_member.get("ease", ()))}
+        assert named and (user or named <= {"i03", "i05"})
+    with pytest.raises(DataError, match="either a user_id or a history"):
+        recommender.explain("i01")
+    with pytest.raises(DataError, match="'nothing' is not in the catalogue"):
+        recommender.explain("nothing", history=["i03"])
+    with pytest.raises(DataError, match="'nobody' is not known"):
+        recommender.explain("i01", user_id="nobody")
+
+
 def test_exclude_and_include(recommender: recsys.Recommender) -> None:
     """Filters hold for every row."""
     items = recommender.recommend(histories=[["i01"]], k=6)["item_id"].tolist()

@@ -11,10 +11,11 @@ from scipy import sparse
 
 from command_line import run_tool
 from fusion.errors import ConfigError
-from recsys import benchmarks
+from recsys import benchmarks, pipeline_benchmark
 from recsys.benchmarks import World, measure_world, recall, user_and_item_vectors
 from recsys.collaborative import MEMBERS
 from recsys.collaborative.base import PADDING
+from recsys.pipeline_benchmark import measure_pipelines
 from recsys.tower_benchmark import measure_towers
 
 
@@ -93,11 +94,27 @@ def test_text_shows_every_number() -> None:
 
 
 def test_the_factorisation_is_measured_beside_tfrs() -> None:
-    """A5: ours and TFRS's two towers, in turns, over the same pairs; one epoch is enough to beat chance."""
+    """A5: ours and TFRS's two towers, in turns, over the same pairs; two epochs are enough to beat chance."""
     measured = json.loads(run_tool("benchmark", "towers", "--on", "small-size", "--factors", 8, "--epochs", 2,
                                    "--json").out)  # fmt: skip
     for system in ("ours", "tfrs"):
         assert measured[system]["samples_per_s"] > 0 and measured[system]["recall@20"] > 20 / 900, "above chance"
+        assert measured[system]["recall@20"] == max(measured[system]["by_epoch"].values())
+        assert set(measured[system]["by_epoch"]) == {"1", "2"}
     assert measured["speed_ratio"] > 0
     with pytest.raises(ConfigError, match="epochs must be 2 or more"):
         measure_towers("small-size", epochs=1)
+
+
+def test_input_and_model_are_measured_apart_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F12: rows a second of batches, steps and both, by the training loop of a member of each kind."""
+    monkeypatch.setattr(pipeline_benchmark, "EXAMPLES", 96)
+    measured = json.loads(run_tool("benchmark", "pipeline", "--cases", "factorisation", "image", "--on", "small-size",
+                                   "--rounds", 1, "--seconds", 0.1, "--json").out)  # fmt: skip
+    for case in ("factorisation", "image"):
+        found = measured[case]
+        assert found["both"] > 0 and found["ratio"] == pytest.approx(found["pipeline"] / found["model"])
+        assert found["ratio"] >= 2 and 0 <= found["input_wait"] < 1
+    assert measured["image"]["decoded_per_s"] > 0 and measured["factorisation"]["batch"] == 1024
+    with pytest.raises(ConfigError, match="did you mean 'image'"):
+        measure_pipelines(["imag"])

@@ -25,15 +25,17 @@ from recsys import controls, corruption, diversity, served
 from recsys.classification_report import ClassificationEvaluation
 from recsys.classification_task import ClassificationTask
 from recsys.collaborative.base import PADDING
-from recsys.controls import FitRows, list_quality, out_of_fold, shuffled_labels
+from recsys.controls import list_quality, out_of_fold, shuffled_labels
 from recsys.core import MemberScores, RankingCore
 from recsys.ensemble_study import joining_classes
 from recsys.export import artifact_of
+from recsys.fit_rows import FitRows
 from recsys.growth import curve, joining_order
 from recsys.metrics import RankedLists, parse_metric
 from recsys.pipeline import TASKS, run_experiment
 from recsys.ranking_report import RankingEvaluation
 from recsys.ranking_task import RankingTask
+from recsys.report_content import ReportExtras
 from recsys.run import Run
 from recsys.schema import TEST, VALIDATION
 from recsys.settings import EvaluationSettings, parse_experiment
@@ -96,7 +98,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = {**RANKING, "data": {**RANKING["data"], **small}, "rules": {"greedy": {"kind": "greedy"}}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RankingEvaluation, "_cost", lambda self: {})
-        patch.setattr(RankingEvaluation, "extras", lambda self, report: None)
+        patch.setattr(RankingEvaluation, "extras", lambda self, report: ReportExtras("ndcg@10"))
         patch.setattr("recsys.ranking_report.write_report", lambda *_: None)
         return run_of({**config, "export": {"enabled": False}}, tmp_path_factory.mktemp("learned"))
 
@@ -190,6 +192,15 @@ class TestNeverWorse:
         assert abs(temperature - 1.0) > 1e-3
         fused = rule.probabilities(rule(logits[:, 1:])).numpy()
         np.testing.assert_allclose(fused, tf.nn.softmax(logits[:, 1] / temperature, axis=1).numpy(), rtol=1e-5)
+        evaluation = ClassificationEvaluation(task)
+        evaluation.logits, evaluation.mask = task.part_logits(TEST)
+        evaluation.context, evaluation.primary = {}, parse_metric("log_loss", "classes")
+        labels = task.labels[task.rows(TEST)]
+        found = evaluation._served_figures("note")["log_loss"]["value"]
+        own = -np.log(fused[np.arange(len(labels)), labels]).mean()
+        raw = report_of(classes)["members"]["note"]["log_loss"]["value"]
+        assert found == pytest.approx(own, rel=1e-5) and abs(found - raw) > 1e-4
+        assert np.mean(evaluation._alone(labels)["note"]) == pytest.approx(own, rel=1e-5), "as it is compared"
 
 
 # ---- members that are not needed ----------------------------------------------------------------------------------
@@ -336,7 +347,7 @@ def rows_of(n: int = 300) -> FitRows:
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, n)
     logits = (np.eye(3)[labels][:, None] * 2 + random.normal(size=(n, 2, 3))).astype(np.float32)
-    return FitRows(logits, np.ones((n, 2), bool), labels, None, {})
+    return FitRows(logits, np.ones((n, 2), bool), labels, np.ones(n), {})
 
 
 def lists_of(n: int = 300) -> FitRows:

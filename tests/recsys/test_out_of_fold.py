@@ -13,7 +13,8 @@ from fusion.compat import tf
 from fusion.errors import DataError
 from recsys.core import MemberScores
 from recsys.evaluation import Question
-from recsys.out_of_fold import Fold, FoldScores, make_folds, rows_of, sampled_scores
+from recsys.fit_rows import FitRows
+from recsys.out_of_fold import Fold, make_folds, rows_of, sampled_scores
 from recsys.schema import HISTORY, TEST, TRAIN
 from recsys.settings import OutOfFoldSettings
 from recsys.splits import SplitSettings, split
@@ -171,9 +172,9 @@ def asked_of_all() -> Question:
     return Question(matrix(history), matrix(seen), matrix(relevant), candidates)
 
 
-def sampled(settings: OutOfFoldSettings, seed: int = 0) -> FoldScores:
+def sampled(settings: OutOfFoldSettings, seed: int = 0) -> FitRows:
     members = MemberScores({"item": ItemNumber(), "who": WhoAsks()})
-    return FoldScores.join(sampled_scores(members, {"r": AsItIs()}, asked_of_all(), settings, seed)["r"])
+    return FitRows.join(sampled_scores(members, {"r": AsItIs()}, asked_of_all(), settings, seed)["r"])
 
 
 @pytest.mark.parametrize("negatives", [5, 1000], ids=["a sample", "everything"])
@@ -212,7 +213,7 @@ def test_what_rules_may_read_stands_beside_each_candidate() -> None:
     """Context `[N, K]`: how many items a user has, the same for all candidates, and how popular each candidate is."""
     members = MemberScores({"item": ItemNumber(), "who": WhoAsks()}, np.arange(ITEMS))
     parts = sampled_scores(members, {"r": AsItIs()}, asked_of_all(), OutOfFoldSettings(negatives=5, shortlist=8), 0)
-    found = FoldScores.join(parts["r"])
+    found = FitRows.join(parts["r"])
     there = found.weights > 0
     assert (found.context["history_length"][there] == np.float32(np.log(2))).all()
     np.testing.assert_allclose(found.context["popularity"][there], np.log1p(found.features[:, 0][there]), rtol=1e-6)
@@ -225,12 +226,12 @@ def test_at_most_so_many_users() -> None:
 
 
 def test_lists_of_different_length_are_filled_up_without_weight() -> None:
-    def part(width: int) -> FoldScores:
+    def part(width: int) -> FitRows:
         shape = (2, width)
         known = np.ones((2, 3, width), bool)
-        return FoldScores(np.ones((2, 3, width)), known, np.ones(shape, bool), np.ones(shape), {"x": np.ones(shape)})
+        return FitRows(np.ones((2, 3, width)), known, np.ones(shape, bool), np.ones(shape), {"x": np.ones(shape)})
 
-    joined = FoldScores.join([part(4), part(2)])
+    joined = FitRows.join([part(4), part(2)])
     assert joined.features.shape == (4, 3, 4) and joined.labels.shape == (4, 4)
     assert joined.context["x"].shape == (4, 4)
     assert joined.weights.tolist() == [[1, 1, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2

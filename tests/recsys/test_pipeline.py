@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fusion import images
 from fusion.compat import tf
 from fusion.config import Part
 from fusion.errors import ConfigError, DataError
 from fusion.training.member import ClassifierMember
 from recsys.classification_task import ClassificationTask
 from recsys.collaborative.base import Member
+from recsys.datasets.planted import PlantedClasses, write_folder
 from recsys.evaluation import question
 from recsys.export import artifact_of
 from recsys.pipeline import TASKS, rerun, run_experiment
 from recsys.ranking_report import RankingEvaluation
 from recsys.ranking_task import RankingTask
+from recsys.report_content import ReportExtras
 from recsys.run import Run
-from recsys.schema import TEST, TRAIN
+from recsys.schema import LABEL, TEST, TRAIN
 from recsys.settings import parse_experiment
 from serving.predictor import Predictor
 from worlds import random_ndcg
@@ -45,6 +48,7 @@ RULES = ("average", "vote", "probability", "stacker")
 FIGURE = {"value", "low", "high", "n"}
 COST = {"parameters", "bytes", "flops", "train_s", "p50_ms", "p95_ms"}
 RANKING_COST = COST | {"users_per_s", "fit_peak_bytes"}
+PACE = {"samples_per_s", "input_wait"}
 
 
 def ranking(members: dict[str, Any], *, data: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def figures_alone() -> Iterator[None]:
     """Leaves out of the evaluation what only the page shows, and the clocks: two thirds of its time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RankingEvaluation, "_cost", lambda self: {})
-        patch.setattr(RankingEvaluation, "extras", lambda self, report: None)
+        patch.setattr(RankingEvaluation, "extras", lambda self, report: ReportExtras("ndcg@10"))
         patch.setattr("recsys.ranking_report.write_report", lambda *_: None)
         yield
 
@@ -162,9 +166,27 @@ class TestPlantedWorld:
         assert set(report["significance"]) == {"ndcg@10", "recall@20", "auc"}
         assert all(set(d) == {"difference", "low", "high", "n"} for d in report["significance"].values())
         assert set(report["cost"]) == members | rules
-        assert all(set(cost) == RANKING_COST for cost in report["cost"].values())
+        for name, cost in report["cost"].items():
+            assert set(cost) == RANKING_COST | (PACE if name in ("text", "image") else set())
         assert report["variants"] == {} and {"warm_users", "cold_items"} <= set(report["segments"])
         assert all(cost["flops"] >= 0 and cost["bytes"] > 0 < cost["p50_ms"] for cost in report["cost"].values())
+
+    def test_the_report_says_why_items_are_recommended(self, planted: Run) -> None:
+        """A7: shares add up to the fused score, and the words of the trained text member to that member's."""
+        (example,) = report_of(planted)["examples"]
+        assert len(example["recommended"]) == 3 and any(why["words"] for why in example["recommended"])
+        for why in example["recommended"]:
+            assert sum(why["shares"].values()) + why["bias"] == pytest.approx(why["score"], abs=1e-4)
+            assert why["liked"] and "popularity" not in why["liked_by_member"]
+            for words in why["words"].values():
+                assert sum(share for _, share in words["shares"]) == pytest.approx(words["score"], abs=1e-3)
+
+    def test_training_tells_whether_it_waited_for_its_input(self, planted: Run) -> None:
+        """F12: members that train by gradient, in the report and on the page."""
+        costs = report_of(planted)["cost"]
+        assert all(costs[name]["samples_per_s"] > 0 <= costs[name]["input_wait"] < 1 for name in ("text", "image"))
+        page = planted.path("report.html").read_text(encoding="utf-8")
+        assert f"{100 * costs['text']['input_wait']:.1f} %" in page and "rows/s, waiting" in page
 
     def test_the_folder_holds_what_each_stage_left(self, planted: Run) -> None:
         for path in (
@@ -347,6 +369,37 @@ def text_member(column: str, epochs: int = 10) -> dict[str, Any]:
     return {"encoder": {"kind": "text_tfidf", "dimensions": 16}, "columns": [column], "training": training}
 
 
+def test_images_are_decoded_once_for_all_members_folds_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F12: cleaning drops an example and a broken image, and nothing is decoded again for that."""
+    tables = PlantedClasses.read(PlantedClasses.Config(examples=41))
+    tables.items.loc[3, LABEL] = ""
+    write_folder(tables, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "images").iterdir())[7]
+    broken.write_bytes(broken.read_bytes()[:60])
+    decoded: list[str] = []
+    read = images._from_file
+    monkeypatch.setattr(images, "_from_file", lambda path, size: (decoded.append(str(path)), read(path, size))[1])
+
+    def task(*names: str) -> ClassificationTask:
+        member = {"encoder": {"kind": "image_cnn", "image_size": 16, "widths": [8]}}
+        config = classes(dict.fromkeys(names, member))
+        config["data"] = {"kind": "folder", "path": str(tmp_path / "data")}
+        made = ClassificationTask(Run.start(parse_experiment(config), tmp_path / "runs", quiet=True))
+        made.data()
+        return made
+
+    for names in (("one", "two"), ("three",)):
+        begun = task(*names)
+        for name in names:
+            for rows in (begun.rows(TRAIN), begun.rows(TEST), begun.rows(TRAIN)[::2]):
+                assert len(begun.values(name, rows)) == len(rows)
+    assert len(begun.table) == 40 and begun.available("three").sum() == 39
+    whole = [path for path in decoded if path != str(broken)]
+    assert len(whole) == len(set(whole)) == 40
+
+
 @pytest.fixture(scope="module")
 def classified(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One hint in the image, one in each of two texts, each wrong for three in ten; two members of one encoder."""
@@ -376,7 +429,8 @@ class TestClassification:
                 assert set(figures) == {"accuracy", "log_loss", "auc", "rmse", "ece"}
                 assert all(set(figure) == FIGURE for figure in figures.values())
         assert set(report["cost"]) == {"image", "text", "note", *RULES}
-        assert all(set(cost) == COST for cost in report["cost"].values())
+        for name, cost in report["cost"].items():
+            assert set(cost) == COST | (set() if name in RULES else PACE)
         assert report["rules"][report["best_rule"]]["accuracy"]["n"] == report["split"]["test"]
 
     def test_all_forms_answer_alike(self, classified: Run) -> None:
