@@ -155,4 +155,5 @@ def _words(encoder: Any, text: str, score: float, output: Output) -> Words:
 def _region(encoder: Any, image: np.ndarray, score: float, output: Output) -> Region | None:
     """None where nothing of the picture speaks for the item."""
     heat = region_shares(encoder, image, output)
-    return Region(image, heat) if heat.any() else None
+    # Of small images the last layer has one cell, which is everywhere alike and tells nothing.
+    return Region(image, heat) if heat.max() > heat.min() else None
