@@ -53,7 +53,7 @@ PUBLISHED = {
     "efficientnet_v2_b0": 7_200_312,
     "efficientnet_v2_b1": 8_212_124,
     "efficientnet_v2_b2": 10_178_374,
-    "efficientnet_v2_b3": 14_486_374,
+    "efficientnet_v2_b3": 14_467_622,
     "nasnet_mobile": 5_326_716,
 }
 """Parameters with 1000 classes: tf_keras' documentation, and torchvision's for AlexNet."""
