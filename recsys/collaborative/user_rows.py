@@ -95,11 +95,11 @@ def softmax_of_rows(model: keras.Model, temperature: float) -> Loss:
         users = tf.reshape(vectors["user"], [-1, length])
         logits = tf.matmul(users, candidates, transpose_b=True) / temperature - correction
         of_user = tf.reduce_any(items[:, :, None] == numbers, axis=1) | (numbers < 0)  # [r, b]
-        logits = tf.where(of_user[:, None], NEVER, tf.reshape(logits, [-1, PARTS, numbers.shape[0]]))
+        logits = tf.where(of_user[:, None], NEVER, tf.reshape(logits, [-1, PARTS, tf.shape(numbers)[0]]))
         negatives = tf.reduce_logsumexp(logits, axis=2)[..., None]  # [r, PARTS, 1]
 
         parts = tf.reshape(vectors["item"], [-1, PARTS, width // PARTS, length])
-        own = tf.reshape(correction[: items.shape[0] * width], [-1, PARTS, width // PARTS])
+        own = tf.reshape(correction[: tf.shape(items)[0] * width], [-1, PARTS, width // PARTS])
         positives = tf.squeeze(tf.matmul(parts, vectors["user"][..., None]), -1) / temperature - own
         known = tf.cast(items >= 0, tf.float32)
         counted = tf.reshape(known, tf.shape(positives)) * tf.sign(_other_items(known))[..., None]

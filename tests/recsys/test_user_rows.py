@@ -77,7 +77,9 @@ def test_the_loss_is_that_of_the_pairs_one_by_one() -> None:
         return {"user": pool_others(tf.gather(history, numbers), batch["items"]), "item": tf.gather(item, numbers)}
 
     batch = {"items": tf.constant(items), "probability": tf.constant(share[items])}
-    found = softmax_of_rows(model, 0.5)(batch).numpy()
+    # Of unknown length, as a batch is that several processes have gathered.
+    shapes = {name: tf.TensorSpec([None, WIDTH], rows.dtype) for name, rows in batch.items()}
+    found = tf.function(softmax_of_rows(model, 0.5), input_signature=[shapes])(batch).numpy()
 
     part = np.arange(WIDTH) // (WIDTH // PARTS)
     candidates = items[items >= 0]
