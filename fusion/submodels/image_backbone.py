@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -25,9 +24,9 @@ from fusion.errors import DataError, GateError
 from fusion.files import load_arrays, save_arrays, sha256_of
 from fusion.registry import nearest
 from fusion.submodels.backbone_families import FAMILIES, drawing, network, weight_name
-from fusion.submodels.base import FineTune, Pretrained, check_images
-from fusion.submodels.image_features import LayerNames, Views, chosen_maps, embedding, seen
-from fusion.types import Features, derive_seed
+from fusion.submodels.base import FineTune
+from fusion.submodels.image_features import LayerNames, PretrainedImage, Views, chosen_maps, embedding, seen
+from fusion.types import derive_seed
 
 layers = keras.layers
 
@@ -68,15 +67,14 @@ class Backbone(Settings):
         return self
 
 
-class ImageBackbone(Pretrained):
+class ImageBackbone(PretrainedImage):
     """One of `FAMILIES`, or several side by side over the same image, frozen or fine-tuned.
 
     BatchNormalization with weights of a file is never trained, also when its block is: with the few images of a
     fine-tuning run its statistics would be worse than those of the many images before.
     """
 
-    modality: ClassVar[Literal["text", "image"]] = "image"
-    not_in_fingerprint = Pretrained.not_in_fingerprint | {"weights", "sha256"}
+    not_in_fingerprint = PretrainedImage.not_in_fingerprint | {"weights", "sha256"}
 
     class Config(Backbone):
         """Settings of a backbone."""
@@ -108,14 +106,6 @@ class ImageBackbone(Pretrained):
                         f"{backbone.name} reads images of {FAMILIES[backbone.name].smallest} pixels or more"
                     )
             return self
-
-    def __init__(self, config: Any, seed: int) -> None:
-        super().__init__(config, seed)
-        self.by_row = config.views.count == 1
-
-    def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
-        """Images uint8 `[N, image_size, image_size, 3]` -> `{"image": the same}`; scaling is in the encoder."""
-        return {"image": check_images(values, self.config.image_size)}
 
     def _build(self) -> keras.Model:
         config = self.config

@@ -10,8 +10,7 @@ gives .086, ImageNet mean and deviation .229), and both of scikit-learn's photog
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -19,11 +18,11 @@ import pydantic
 from fusion.compat import keras
 from fusion.config import Settings
 from fusion.errors import GateError
-from fusion.submodels.base import FineTune, Pretrained, check_images
-from fusion.submodels.image_features import LayerNames, Views, chosen_maps, embedding, maps_of, seen
+from fusion.submodels.base import FineTune
+from fusion.submodels.image_features import LayerNames, PretrainedImage, Views, chosen_maps, embedding, maps_of, seen
 from fusion.submodels.torch_weights import read_tensors
 from fusion.submodels.wheels import wheel_path
-from fusion.types import Features, derive_seed
+from fusion.types import derive_seed
 
 layers = keras.layers
 
@@ -46,15 +45,14 @@ FEATURES = 1280
 CLASSES = 1000
 
 
-class ImageEfficientNet(Pretrained):
+class ImageEfficientNet(PretrainedImage):
     """EfficientNet-Lite0, frozen or fine-tuned; 18 blocks: the stem, 16 inverted residuals, the last convolution.
 
     Its pretrained BatchNormalization layers are never trained, also when their block is: with the few images of a
     fine-tuning run their statistics would be worse than ImageNet's.
     """
 
-    modality: ClassVar[Literal["text", "image"]] = "image"
-    not_in_fingerprint = Pretrained.not_in_fingerprint | {"weights"}
+    not_in_fingerprint = PretrainedImage.not_in_fingerprint | {"weights"}
 
     class Config(Settings):
         """Settings of EfficientNet-Lite0."""
@@ -76,14 +74,6 @@ class ImageEfficientNet(Pretrained):
             if self.weights == "none" and self.fine_tune != "all":
                 raise ValueError("weights: none must be trained, so it needs fine_tune: all")
             return self
-
-    def __init__(self, config: Any, seed: int) -> None:
-        super().__init__(config, seed)
-        self.by_row = config.views.count == 1
-
-    def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
-        """Images uint8 `[N, image_size, image_size, 3]` -> `{"image": the same}`; scaling is in the encoder."""
-        return {"image": check_images(values, self.config.image_size)}
 
     def _build(self) -> keras.Model:
         views = self.config.views

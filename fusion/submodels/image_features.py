@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -11,6 +11,8 @@ from fusion.compat import keras, tf
 from fusion.config import Settings
 from fusion.errors import ConfigError
 from fusion.registry import nearest
+from fusion.submodels.base import Pretrained, check_images
+from fusion.types import Features
 
 layers = keras.layers
 
@@ -37,6 +39,20 @@ class Views(Settings):
     def count(self) -> int:
         """V, how many views there are."""
         return (1 + len(self.zooms)) * (1 + self.flip)
+
+
+class PretrainedImage(Pretrained):
+    """A pretrained encoder of images; its `Config` has `image_size`, `fine_tune` and `views`."""
+
+    modality: ClassVar[Literal["text", "image"]] = "image"
+
+    def __init__(self, config: Any, seed: int) -> None:
+        super().__init__(config, seed)
+        self.by_row = config.views.count == 1
+
+    def prepare(self, values: Sequence[Any], fixed_length: bool = False) -> Features:
+        """Images uint8 `[N, image_size, image_size, 3]` -> `{"image": the same}`; scaling is in the encoder."""
+        return {"image": check_images(values, self.config.image_size)}
 
 
 @keras.utils.register_keras_serializable("fusion")
