@@ -1,6 +1,7 @@
 """What the chosen rule loses when one member goes wrong, beside what that member loses itself (A10).
 
-A member that gives NaN or nothing is silent, and the others answer; one that gives noise is believed.
+A member that gives NaN or nothing is silent, and the others answer. One that gives noise is believed by a rule without
+a guard, and silent on the rows on which a guard notices it (`fusion.rules.guard`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fusion.compat import tf
 from fusion.errors import ConfigError
 from fusion.registry import nearest
 from fusion.rules.base import Rule
-from fusion.rules.normalisation import speaking, speaking_rows
+from fusion.rules.normalisation import speaking_rows
 from fusion.types import Context, derive_seed
 from recsys.ensemble_study import without
 from recsys.evaluation import blocks, question
@@ -75,7 +76,7 @@ def corrupt(task: Any, report: Mapping[str, Any], member: str, how: How) -> dict
         `member`, `how`, `rule`, `metric`; of the rule `whole`, `corrupted`, `without` (the member) and `loss`, of the
         member alone `own`, `own_corrupted` and `own_loss`; `drop_one`, the loss without it. Losses have their paired
         interval and are positive where it is for the worse. `spoke`: by member the share of users or examples about
-        whom it then said anything.
+        whom it then said anything that the rule listened to.
 
     Raises:
         ConfigError: the run has no such member.
@@ -130,7 +131,7 @@ def _of_lists(task: RankingTask, rule: Rule, corruption: Corruption, member: str
     values["own"] = np.asarray(metric.of_lists(lists[member], task.catalogue()))
     spoke, users = np.zeros(len(rule.members)), asked.users
     for _, history in blocks(asked.history, users, task.test_scores.items * len(rule.members)):
-        heard = speaking(*corruption(*task.test_scores(tf.constant(history))))
+        heard = rule.heard(*corruption(*task.test_scores(tf.constant(history))))
         spoke += tf.reduce_any(heard, axis=2).numpy().sum(axis=0)
     return values, spoke / max(len(users), 1)
 
@@ -151,7 +152,7 @@ def _of_classes(task: ClassificationTask, rule: Rule, corruption: Corruption, me
         own = tf.where(speaks, scores, 0.0)[:, corruption.member]  # uniform where it says nothing
         found[name] = tf.nn.softmax(own, axis=1).numpy()
     values = {name: np.atleast_1d(metric.of_classes(labels, probabilities)) for name, probabilities in found.items()}
-    return values, heard.numpy()[:, :, 0].mean(axis=0)
+    return values, rule.heard(spoilt, heard).numpy()[:, :, 0].mean(axis=0)
 
 
 def told(found: Mapping[str, Any]) -> str:

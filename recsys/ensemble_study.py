@@ -34,9 +34,9 @@ class Hearing:
         self.heard = heard
 
     def __call__(self, scores: Any, mask: Any, context: Context) -> Any:
-        # Members are normalised each for itself, so all rules that hear others share this, the costly part.
-        features = self.rule.normalise(scores, mask)
-        return self.rule.fuse(features, mask & self.heard[None, :, None], context)
+        # Members are scaled each for itself, so all rules that hear others share this, the costly part.
+        features, heard = self.rule.scale(scores, mask), mask & self.heard[None, :, None]
+        return self.rule.fuse(self.rule.guarded(features, scores, heard), heard, context)
 
 
 def without(rule: Rule, member: str) -> Hearing:

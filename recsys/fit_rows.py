@@ -21,6 +21,8 @@ class FitRows:
         labels: classes: int `[N]`; candidates: bool `[N, K]`.
         weights: classes: of the rows, `[N]`; candidates: `[N, K]`, 0 for padding.
         context: what rules may read beside, by name `[N, 1]` or `[N, K]`.
+        distances: candidates: how far apart members are on each user's whole catalogue, `[N, S, S]`; None where the
+            rule has no guard.
     """
 
     features: np.ndarray
@@ -28,6 +30,7 @@ class FitRows:
     labels: np.ndarray
     weights: np.ndarray
     context: Mapping[str, np.ndarray]
+    distances: np.ndarray | None = None
 
     @classmethod
     def join(cls, parts: Sequence[FitRows]) -> FitRows:
@@ -43,16 +46,21 @@ class FitRows:
             joined([part.labels for part in parts]),
             joined([part.weights for part in parts]),
             {name: joined([part.context[name] for part in parts]) for name in parts[0].context},
+            None if parts[0].distances is None else np.concatenate([part.distances for part in parts]),
         )
 
     def at(self, rows: np.ndarray) -> FitRows:
         """Some of the rows."""
         context = {name: values[rows] for name, values in self.context.items()}
-        return FitRows(self.features[rows], self.mask[rows], self.labels[rows], self.weights[rows], context)
+        distances = None if self.distances is None else self.distances[rows]
+        return FitRows(self.features[rows], self.mask[rows], self.labels[rows], self.weights[rows], context, distances)
 
     def fit(self, rule: Rule, seed: int) -> dict[str, Any]:
         """Fits the rule; returns what `Rule.fit` reports."""
-        return rule.fit(self.features, self.mask, self.labels, weights=self.weights, context=self.context, seed=seed)
+        apart = {} if self.distances is None else {"distances": self.distances}
+        return rule.fit(
+            self.features, self.mask, self.labels, weights=self.weights, context=self.context, seed=seed, **apart
+        )
 
     @property
     def open(self) -> np.ndarray:

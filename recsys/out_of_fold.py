@@ -118,13 +118,16 @@ def sampled_scores(
     @tf.function(reduce_retracing=True)
     def features_at(
         history: tf.Tensor, scores: tf.Tensor, mask: tf.Tensor, sample: tf.Tensor
-    ) -> tuple[dict[str, tf.Tensor], tf.Tensor, dict[str, tf.Tensor]]:
+    ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor], tf.Tensor, dict[str, tf.Tensor]]:
         def at(tensor: tf.Tensor) -> tf.Tensor:
             return tf.gather(tensor, sample, axis=2, batch_dims=1)
 
-        features = {name: at(rule.normalise(scores, mask)) for name, rule in rules.items()}
+        features = {name: rule.normalise(scores, mask) for name, rule in rules.items()}
+        distances = {n: rule.distances(features[n], scores, mask) for n, rule in rules.items() if rule.guards}
+        features = {name: at(values) for name, values in features.items()}
         context = members.context(history, sample)
-        return features, at(mask), {name: tf.broadcast_to(v, tf.shape(sample)) for name, v in context.items()}
+        context = {name: tf.broadcast_to(values, tf.shape(sample)) for name, values in context.items()}
+        return features, distances, at(mask), context
 
     result: dict[str, list[FitRows]] = {name: [] for name in rules}
     per_user = members.items * len(members.names) * (1 + len(rules))
@@ -132,11 +135,12 @@ def sampled_scores(
         unseen = asked.open_to(block)
         scores, mask, best = scored(history, unseen)
         sample, labels, weights = _samples(unseen, asked.relevant[block], best.numpy(), settings.negatives, random)
-        features, known, context = features_at(history, scores, mask, sample)
+        features, distances, known, context = features_at(history, scores, mask, sample)
         read = {name: values.numpy() for name, values in context.items()}
         for name, values in features.items():
             heard = known.numpy() & (weights > 0)[:, None]
-            result[name].append(FitRows(values.numpy(), heard, labels, weights, read))
+            apart = distances[name].numpy() if name in distances else None
+            result[name].append(FitRows(values.numpy(), heard, labels, weights, read, apart))
     return result
 
 

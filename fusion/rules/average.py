@@ -79,7 +79,7 @@ class Average(Rule):
         """Whether the fused scores are means of log-probabilities."""
         return self.config.mean == "geometric"
 
-    def normalise(self, scores: Any, mask: Any = None) -> Any:
+    def scale(self, scores: Any, mask: Any = None) -> Any:
         """Probabilities, log-probabilities, z-scores or ranks, as the table of the class says."""
         config = self.config
         if self.over == "candidates":

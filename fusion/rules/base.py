@@ -5,6 +5,9 @@ the sum over members of terms `[B, S, C]` plus a bias, so the terms *are* the co
 every non-empty subset of members: weights are renormalised over the members that speak on a candidate (or
 on a row of classes), a weight of zero is the same as leaving the member out, and the order of members does
 not matter. Where no member speaks, a candidate gets -inf (sorted last) and a row of classes is uniform.
+
+Scores go through `scale`, each member by itself; `guarded`, which silences a member that has gone wrong on a row
+(`fusion.rules.guard`); and `weigh` or `fuse`. The first two together are `normalise`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,16 @@ from fusion.config import Settings
 from fusion.errors import ConfigError, DataError
 from fusion.registry import nearest
 from fusion.rules.calibration import CALIBRATIONS, Method
-from fusion.rules.fitting import CandidateLists, ClassRows, candidate_lists, class_rows
+from fusion.rules.fitting import CandidateLists, ClassRows, candidate_lists, class_rows, list_wise_loss
+from fusion.rules.guard import (
+    FEWEST,
+    candidate_distances,
+    class_distances,
+    fit_guard,
+    guarding,
+    implausible,
+    spread,
+)
 from fusion.rules.normalisation import LARGEST, exponential, silence, speaking, speaking_rows
 from fusion.types import Context, Over
 
@@ -33,6 +45,12 @@ class RuleSettings(Settings):
 
     calibration: Method = "temperature"
     """Classes: how members are calibrated on held-out logits before use: none, temperature, platt or isotonic."""
+    guard: bool | None = None
+    """Whether a member is taken as silent on rows on which it lies implausibly far from all others. Not given: in rules
+    that are fitted anyway, where three members or more have influence. true: in any rule, which is then fitted for it
+    on held-out scores; and where only two members have influence, a third stays as their witness."""
+    guard_quantile: float = Field(0.995, ge=0.5, lt=1)
+    """The share of the held-out rows on which a member's distance to the others counts as normal."""
 
 
 class Rule(keras.layers.Layer):
@@ -69,8 +87,9 @@ class Rule(keras.layers.Layer):
         self.config = config
         self.members = tuple(members)
         self.over: Over = over
-        self.learned = self._learns()
+        self.learned = self._learns() or (config.guard is True and len(self.members) >= FEWEST)
         self._numbers: dict[str, Any] = {}
+        self._guarding: list[int] = []  # places of the members among which the guard looks
         self._calibration = CALIBRATIONS[config.calibration if over == "classes" else "none"]
         self._number_calibration(None)
 
@@ -91,11 +110,10 @@ class Rule(keras.layers.Layer):
         """Names of the context that a rule with these settings needs; most need none."""
         return ()
 
-    def normalise(self, scores: Any, mask: Any = None) -> Any:
-        """The members' scores on one scale, `[B, S, C]`, NaN where silent.
+    def scale(self, scores: Any, mask: Any = None) -> Any:
+        """The members' scores on one scale, each member by itself: `[B, S, C]`, NaN where silent.
 
-        Over candidates this needs the whole catalogue; the result may then be cut to some candidates and
-        handed to `fuse` or `fit`. A rule with F features per member returns `[B, F·S, C]`.
+        A rule with F features per member returns `[B, F·S, C]`.
         """
         raise NotImplementedError
 
@@ -117,9 +135,57 @@ class Rule(keras.layers.Layer):
         return {"loss_before": before, "loss_after": self._log_loss(rows), "iterations": 1}
 
     def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
-        raise NotImplementedError
+        """Learns nothing but the guard; rules with weights have more to do."""
+        given = tf.constant(lists.features), tf.constant(lists.speaks), lists.context
+        fused, voiced = self.fuse(*given), tf.constant(lists.speaks.any(axis=1))
+        losses = list_wise_loss(
+            tf.where(voiced, fused, 0.0), voiced, tf.constant(lists.positives), tf.constant(lists.weights, tf.float32)
+        )
+        loss = float(np.mean(losses))
+        return {"loss_before": loss, "loss_after": loss, "iterations": 0}
 
     # ---- what all rules share
+
+    def normalise(self, scores: Any, mask: Any = None) -> Any:
+        """The members' scores on one scale, `[B, S, C]`, NaN where silent or silenced by the guard.
+
+        Over candidates this needs the whole catalogue; the result may then be cut to some candidates and
+        handed to `fuse` or `fit`. A rule with F features per member returns `[B, F·S, C]`.
+        """
+        return self.guarded(self.scale(scores, mask), scores, mask)
+
+    def guarded(self, features: Any, scores: Any, mask: Any = None) -> Any:
+        """The features `[B, F·S, C]` that `scale` gave, NaN where the guard silences a member.
+
+        Args:
+            features: over the whole catalogue; NaN or masked where silent.
+            scores, mask: what they were made of; over candidates only the mask is read.
+        """
+        if not self._guarding:
+            return features
+        trusted = tf.logical_not(self._silenced(features, scores, mask))[:, :, tf.newaxis]
+        return silence(features, tf.tile(trusted, [1, self.features_per_member, 1]))
+
+    def heard(self, scores: Any, mask: Any = None) -> Any:
+        """Who the rule listens to: speaks, and is not silenced by the guard; bool `[B, S, C]`."""
+        speaks = speaking(scores, mask) if self.over == "candidates" else speaking_rows(scores, mask)
+        speaks = tf.broadcast_to(speaks, tf.shape(scores))
+        if not self._guarding:
+            return speaks
+        silenced = self._silenced(self.scale(scores, mask), scores, mask)
+        return tf.logical_and(speaks, tf.logical_not(silenced)[:, :, tf.newaxis])
+
+    def distances(self, features: Any, scores: Any, mask: Any = None) -> Any:
+        """How far apart the members are on each row, `[B, S, S]`: what the guard looks at (`fusion.rules.guard`).
+
+        The arguments are those of `guarded`.
+        """
+        return self._distances(features, scores, mask, list(range(len(self.members))))
+
+    @property
+    def guards(self) -> bool:
+        """Whether a fit may find a guard: it is wanted, and there are members enough."""
+        return self.learned and self.config.guard is not False and len(self.members) >= FEWEST
 
     def build(self, input_shape: Any) -> None:
         """Makes the numbers that depend on how many classes there are."""
@@ -180,6 +246,7 @@ class Rule(keras.layers.Layer):
         weights: np.ndarray | None = None,
         context: Context | None = None,
         *,
+        distances: np.ndarray | None = None,
         seed: int = 0,
     ) -> dict[str, Any]:
         """Learns what the rule learns, on scores that the members gave to rows they were not fitted on.
@@ -194,11 +261,14 @@ class Rule(keras.layers.Layer):
             labels: classes: int `[N]`; candidates: bool `[N, K]`, the positives.
             weights: classes: of the rows, `[N]`; candidates: how many candidates each stands for, `[N, K]`.
             context: what `reads` names, `[N, 1]` or `[N, K]`.
+            distances: candidates: what `distances` gave for these users over the whole catalogue, `[N, S, S]`; without
+                them there is no guard.
             seed: of whatever is drawn at random.
 
         Returns:
             `loss_before`, `loss_after` (mean log-loss, or mean list-wise cross-entropy), `iterations`,
-            `rows`, and by member `weights`, `temperatures` where the rule has them; JSON-able.
+            `rows`, and by member `weights`, `temperatures` where the rule has them; `guard` as `fit_guard`
+            reports; JSON-able.
 
         Raises:
             DataError: shapes do not fit, or no row is usable.
@@ -207,14 +277,21 @@ class Rule(keras.layers.Layer):
         if not self.learned:
             raise TypeError(f"the rule '{type(self).__name__.lower()}' as configured has nothing to learn.")
         self._check_members(features)
+        self._number_guard(wanted=False)  # what is learned here is learned unguarded
         if self.over == "classes":
             rows = class_rows(features, mask, labels, weights, self._context(context))
             report = self._fit_classes(rows, seed)
             if "temperatures" in self._numbers:
                 report["temperatures"] = self._by_member(self._numbers["temperatures"].numpy())
+            if self.guards:
+                distances = self.distances(None, tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
+                report["guard"] = self._fit_guard(distances)
             return {**report, "rows": len(rows.labels)}
         lists = candidate_lists(features, mask, labels, weights, len(self.members), self._context(context))
-        return {**self._fit_candidates(lists, seed), "rows": len(lists.positives)}
+        report = self._fit_candidates(lists, seed)
+        if self.guards and distances is not None:
+            report["guard"] = self._fit_guard(np.asarray(distances))
+        return {**report, "rows": len(lists.positives)}
 
     def state(self) -> dict[str, np.ndarray]:
         """The learned numbers by name; empty for a rule without any."""
@@ -223,6 +300,7 @@ class Rule(keras.layers.Layer):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes back what `state` gave; DataError when names or shapes differ or a number is not finite."""
         self._number_calibration(self._calibration.classes(state))
+        self._number_guard(wanted="guard" in state)
         if set(state) != set(self._numbers):
             raise DataError(
                 f"the state of the rule '{type(self).__name__.lower()}' must hold {sorted(self._numbers)}; "
@@ -236,10 +314,12 @@ class Rule(keras.layers.Layer):
                     f"{tuple(variable.shape)}; received shape {value.shape}. Fit the rule again."
                 )
             variable.assign(value)
+        self._guarding = guarding(self._numbers["guard"].numpy()) if "guard" in self._numbers else []
 
     def used(self) -> tuple[str, ...]:
-        """Names of the members with any influence, in the order of axis S."""
-        return tuple(name for name, share in zip(self.members, self._shares(), strict=True) if share > 0)
+        """Names of the members with any influence, in the order of axis S; a witness of the guard is one of them."""
+        shares = self._shares()
+        return tuple(name for s, name in enumerate(self.members) if shares[s] > 0 or s in self._guarding)
 
     def restricted(self, names: Collection[str]) -> Rule:
         """The same rule over some of its members; over those of `used()` it is the whole with the others silent.
@@ -336,6 +416,38 @@ class Rule(keras.layers.Layer):
         for name, value in self._calibration.identity(len(self.members), classes).items():
             if name not in self._numbers:
                 self._number(name, value)
+
+    def _silenced(self, features: Any, scores: Any, mask: Any) -> Any:
+        """Whom the guard silences, bool `[B, S]`."""
+        places = self._guarding
+        found = implausible(self._distances(features, scores, mask, places), tf.gather(self._numbers["guard"], places))
+        return spread(found, places, len(self.members))
+
+    def _distances(self, features: Any, scores: Any, mask: Any, places: list[int]) -> Any:
+        """Distances between the members at these places, `[B, s, s]`."""
+        if self.over == "classes":
+            logs = tf.gather(self._log_probabilities(scores, mask), places, axis=1)
+            return class_distances(logs, speaking_rows(logs))
+        first = tf.gather(features, places, axis=1)  # of a rule with several features, the first of each member
+        return candidate_distances(first, tf.gather(speaking(features[:, : len(self.members)], mask), places, axis=1))
+
+    def _fit_guard(self, distances: np.ndarray) -> dict[str, Any]:
+        """Learns what distances `[N, S, S]` are normal; what `fit_guard` reports."""
+        config, shares = self.config, self._shares()
+        normal, report = fit_guard(distances, self.members, shares, config.guard_quantile, witness=config.guard is True)
+        if report["members"]:
+            self._number_guard(wanted=True)
+            self._numbers["guard"].assign(normal)
+            self._guarding = guarding(normal)
+        return report
+
+    def _number_guard(self, *, wanted: bool) -> None:
+        """Makes the guard's number, or forgets it: a rule that was not fitted for a guard has none."""
+        if not wanted:
+            self._guarding = []
+            self._numbers.pop("guard", None)
+        elif "guard" not in self._numbers:
+            self._number("guard", np.zeros(len(self.members), np.float32))
 
     def _fit_calibration(self, rows: ClassRows) -> None:
         """Calibrates each member on the rows on which it speaks; one that never does is left as it is."""

@@ -93,7 +93,7 @@ class MixtureRule(ScaledRule):
 
     def _fit_classes(self, rows: ClassRows, seed: int) -> dict[str, Any]:
         self._fit_calibration(rows)
-        features = self.normalise(tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
+        features = self.scale(tf.constant(rows.logits), tf.constant(rows.speaks)).numpy()
         speaks = rows.speaks[:, :, None]
         self._prepare(features, speaks, rows.context, None)
 

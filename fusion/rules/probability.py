@@ -93,6 +93,8 @@ class Probability(ScaledRule):
         return np.exp(np.where(rows.speaks, picked, -np.inf).astype(np.float64))
 
     def _fit_candidates(self, lists: CandidateLists, seed: int) -> dict[str, Any]:
+        if self.config.weights is not None:
+            return super()._fit_candidates(lists, seed)
         members, pull = len(self.members), self.config.shrinkage / len(self.members)
         rows = (lists.features, lists.speaks, lists.positives, lists.weights)
 

@@ -26,7 +26,7 @@ class ScaledRule(Rule):
 
     config: ScaledSettings
 
-    def normalise(self, scores: Any, mask: Any = None) -> Any:
+    def scale(self, scores: Any, mask: Any = None) -> Any:
         """Classes: calibrated probabilities; candidates: as the key `normalisation` says."""
         if self.over == "classes":
             return exponential(self._log_probabilities(scores, mask))

@@ -119,7 +119,7 @@ class Stacker(Rule):
         weights[0] = 1.0 / len(self.members)
         return weights
 
-    def normalise(self, scores: Any, mask: Any = None) -> Any:
+    def scale(self, scores: Any, mask: Any = None) -> Any:
         """Classes: log-probabilities `[B, S, C]`; candidates: feature after feature, `[B, F·S, C]`."""
         if self.over == "classes":
             return self._log_probabilities(scores, mask)

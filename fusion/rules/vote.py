@@ -64,7 +64,7 @@ class Vote(Rule):
     def _shares(self) -> np.ndarray:
         return self._weights
 
-    def normalise(self, scores: Any, mask: Any = None) -> Any:
+    def scale(self, scores: Any, mask: Any = None) -> Any:
         """Classes: log-probabilities; candidates: points of the places."""
         if self.over == "classes":
             return self._log_probabilities(scores, mask)

@@ -441,6 +441,20 @@ def test_a_corrupted_member_costs_less_than_it_loses(which: str, request: pytest
         corruption.corrupt(task, report, member[:-1], "nan")
 
 
+def test_a_guard_does_not_listen_to_noise(weak: Run) -> None:
+    """A10: on real rankings of the planted world the member is silent for nearly everybody, and the report says so."""
+    task, report = TASKS[weak.experiment.task](weak), report_of(weak) | {"best_rule": "equal"}
+    members = list(weak.experiment.members)
+    plain, guarded = (Average(Average.Config(guard=guard), members, task.OVER) for guard in (False, True))
+    guarded.load_state({"guard": np.full(len(members), 0.8, np.float32)})
+    found = {}
+    for name, rule in (("plain", plain), ("guarded", guarded)):
+        task.__dict__["rules"] = {"equal": rule}
+        found[name] = corruption.corrupt(task, report, "ease", "noise")
+    assert found["plain"]["spoke"]["ease"] == 1.0 and found["guarded"]["spoke"]["ease"] < 0.3
+    assert found["guarded"]["loss"]["difference"] < found["plain"]["loss"]["difference"]
+
+
 def test_noise_is_the_members_own_scores_dealt_anew() -> None:
     """Only where it speaks, only of this member, and the same for the same seed."""
     random = np.random.default_rng(0)

@@ -11,6 +11,8 @@ from scipy import sparse
 
 from fusion.compat import tf
 from fusion.errors import DataError
+from fusion.rules.average import Average
+from fusion.rules.normalisation import LARGEST
 from recsys.core import MemberScores
 from recsys.evaluation import Question
 from recsys.fit_rows import FitRows
@@ -154,8 +156,17 @@ class WhoAsks(ItemNumber):
         return tf.tile(tf.cast(history[:, :1], tf.float32), [1, ITEMS])
 
 
+class Backwards(ItemNumber):
+    """A member that ranks items the other way round."""
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        return -super().__call__(history)
+
+
 class AsItIs:
     """In place of a rule: features are the scores."""
+
+    guards = False
 
     def normalise(self, scores: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         return scores
@@ -175,6 +186,22 @@ def asked_of_all() -> Question:
 def sampled(settings: OutOfFoldSettings, seed: int = 0) -> FitRows:
     members = MemberScores({"item": ItemNumber(), "who": WhoAsks()})
     return FitRows.join(sampled_scores(members, {"r": AsItIs()}, asked_of_all(), settings, seed)["r"])
+
+
+def test_a_guard_is_given_distances_over_the_whole_catalogue() -> None:
+    """A10: of every user, whatever candidates are sampled; one that scores all items alike cannot be compared."""
+    members = MemberScores({"item": ItemNumber(), "back": Backwards(), "who": WhoAsks()})
+    rules = {guard: Average(Average.Config(guard=guard), members.names, "candidates") for guard in (True, None)}
+    settings = OutOfFoldSettings(negatives=1, shortlist=2)
+    named = {str(guard): rule for guard, rule in rules.items()}
+    found = {
+        name: FitRows.join(rows) for name, rows in sampled_scores(members, named, asked_of_all(), settings, 0).items()
+    }
+    assert found["None"].distances is None, "an average that is not fitted has no guard"
+    far = np.float32(LARGEST)
+    for row in found["True"].at(np.arange(3)).distances:
+        np.testing.assert_allclose(row, [[far, 2, far], [2, far, far], [far, far, far]], rtol=1e-5)
+    assert found["True"].distances.shape == (len(found["True"].labels), 3, 3)
 
 
 @pytest.mark.parametrize("negatives", [5, 1000], ids=["a sample", "everything"])
