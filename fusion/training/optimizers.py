@@ -205,11 +205,32 @@ def _group_of(groups: Sequence[Group], variables: Sequence[tf.Variable]) -> list
     return [found[id(variable)] for variable in variables]
 
 
+class _TableAdagrad(keras.optimizers.Adagrad):  # type: ignore[misc]
+    """Adagrad (Duchi et al. 2011) that moves rows of a table by one operation; that of Keras takes seven, which go
+    through the rows of table and accumulator again and again."""
+
+    def update_step(self, gradient: Any, variable: tf.Variable) -> None:
+        if not isinstance(gradient, tf.IndexedSlices):
+            super().update_step(gradient, variable)
+            return
+        accumulator = self._accumulators[self._index_dict[self._var_key(variable)]]
+        tf.raw_ops.ResourceSparseApplyAdagrad(
+            var=variable.handle,
+            accum=accumulator.handle,
+            lr=tf.cast(self.learning_rate, variable.dtype),
+            grad=gradient.values,
+            indices=gradient.indices,  # distinct: Keras has summed the gradients of each row
+            use_locking=True,
+        )
+
+
 def _optimizer(settings: OptimizerSettings, rate: Schedule) -> keras.optimizers.Optimizer:
     common = {"learning_rate": rate, "weight_decay": settings.weight_decay or None, "jit_compile": False}
     if settings.optimizer == "sgd":
         return keras.optimizers.SGD(momentum=settings.momentum, **common)
     if settings.optimizer == "adagrad":
         start = settings.initial_accumulator
-        return keras.optimizers.Adagrad(initial_accumulator_value=start, epsilon=1e-6 * start, **common)
+        on_tpu = isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
+        adagrad = keras.optimizers.Adagrad if on_tpu else _TableAdagrad  # XLA does not have its operation
+        return adagrad(initial_accumulator_value=start, epsilon=1e-6 * start, **common)
     return keras.optimizers.Adam(**common)

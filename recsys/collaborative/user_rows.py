@@ -92,17 +92,30 @@ def softmax_of_rows(model: keras.Model, temperature: float) -> Loss:
         numbers = tf.reshape(all_replicas(items), [-1])
         correction = tf.math.log(tf.clip_by_value(tf.reshape(all_replicas(batch["probability"]), [-1]), 1e-6, 1.0))
         candidates = tf.reshape(all_replicas(vectors["item"]), [-1, length])
-        users = tf.reshape(vectors["user"], [-1, length])
-        logits = tf.matmul(users, candidates, transpose_b=True) / temperature - correction
-        of_user = tf.reduce_any(items[:, :, None] == numbers, axis=1) | (numbers < 0)  # [r, b]
-        logits = tf.where(of_user[:, None], NEVER, tf.reshape(logits, [-1, PARTS, tf.shape(numbers)[0]]))
+        user = vectors["user"] / temperature
+        logits = tf.matmul(tf.reshape(user, [-1, length]), candidates, transpose_b=True)
+        # What is added to the scores is put together by row: all parts of a row add the same, in one pass over them.
+        added = tf.where(_in_row(items, numbers) | (numbers < 0), NEVER, -correction)  # [r, b]
+        logits = tf.reshape(logits, [-1, PARTS, tf.size(numbers)]) + added[:, None]
         negatives = tf.reduce_logsumexp(logits, axis=2)[..., None]  # [r, PARTS, 1]
 
         parts = tf.reshape(vectors["item"], [-1, PARTS, width // PARTS, length])
-        own = tf.reshape(correction[: tf.shape(items)[0] * width], [-1, PARTS, width // PARTS])
-        positives = tf.squeeze(tf.matmul(parts, vectors["user"][..., None]), -1) / temperature - own
+        own = tf.reshape(correction[: tf.size(items)], [-1, PARTS, width // PARTS])
+        positives = tf.reduce_sum(parts * user[:, :, None], axis=-1) - own
         known = tf.cast(items >= 0, tf.float32)
         counted = tf.reshape(known, tf.shape(positives)) * tf.sign(_other_items(known))[..., None]
         return tf.reduce_sum(tf.nn.softplus(negatives - positives) * counted, axis=[1, 2]) / width
 
     return loss
+
+
+def _in_row(items: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+    """Whether each of `numbers` `[b]`, which begin with `items` `[r, L]`, is among the items of each row: `[r, b]`.
+
+    Looked up in a table of distinct numbers and rows; to compare every number with every item takes L times as much.
+    """
+    place = tf.unique(numbers).idx
+    rows = tf.repeat(tf.range(tf.shape(items)[0]), items.shape[1])
+    cells = tf.stack([place[: tf.size(items)], rows], axis=1)
+    table = tf.scatter_nd(cells, tf.ones_like(rows, tf.bool), [tf.size(numbers), tf.shape(items)[0]])
+    return tf.transpose(tf.gather(table, place))

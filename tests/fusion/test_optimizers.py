@@ -11,8 +11,9 @@ import pytest
 
 from fusion.compat import keras, tf
 from fusion.errors import ConfigError
+from fusion.training.batches import epoch_order
 from fusion.training.optimizers import Group, OptimizerSettings
-from fusion.training.trainer import LoopSettings, fit
+from fusion.training.trainer import LoopSettings, TrainingSettings, fit
 from fusion.types import Features, History, RunOptions
 
 SGD = OptimizerSettings(optimizer="sgd", learning_rate=0.1)
@@ -136,3 +137,34 @@ def test_adagrad_makes_of_a_mean_what_it_makes_of_a_sum(tmp_path: Path) -> None:
     np.testing.assert_allclose(steps, [[1 - 0.1 * 3 / np.sqrt(10)] * 2] * 2, rtol=1e-5)
     with pytest.raises(ValueError, match="initial_accumulator must go with optimizer adagrad"):
         OptimizerSettings(initial_accumulator=1.0)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_rows_of_a_table_are_moved_as_keras_moves_them(mirrored: bool, tmp_path: Path) -> None:
+    """F6: adagrad over a table of which a batch reads some rows, some of them twice; those it never reads stay."""
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"], tf.distribute.ReductionToOneDevice()) if mirrored else None
+    start = np.random.default_rng(2).normal(size=(9, 3)).astype(np.float32)
+
+    def table() -> keras.Model:
+        x = keras.Input((4,), dtype=tf.int32, name="x")
+        return keras.Model(x, keras.layers.Embedding(9, 3, weights=[start])(x))
+
+    with (strategy or tf.distribute.get_strategy()).scope():
+        ours = table()
+    rows = {"x": np.random.default_rng(0).integers(0, 7, (12, 4)).astype(np.int32)}
+    fit(
+        ours,
+        lambda batch: tf.reduce_sum(ours(batch["x"], training=True) ** 2, axis=[1, 2]),
+        rows,
+        TrainingSettings(epochs=1, batch_size=4, optimizer="adagrad", learning_rate=0.2, initial_accumulator=0.01),
+        RunOptions(seed=1, directory=tmp_path, strategy=strategy, quiet=True),
+        None,
+    )
+    theirs = table()
+    theirs.compile(keras.optimizers.Adagrad(0.2, 0.01), lambda _, y: tf.reduce_sum(y**2, axis=[1, 2]))
+    order = epoch_order(1, 0, 12)
+    theirs.fit(rows["x"][order], np.zeros(12), batch_size=4, shuffle=False, verbose=0)
+    moved, expected = ours.get_weights()[0], theirs.get_weights()[0]
+    np.testing.assert_allclose(moved, expected, atol=1e-5)
+    np.testing.assert_array_equal(moved[7:], start[7:])
+    assert np.abs(moved - start)[:7].max(axis=1).min() > 0.1
