@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -71,7 +72,9 @@ def tfrs() -> ModuleType:
 
 def tfmot() -> ModuleType:
     """The TensorFlow Model Optimization Toolkit, imported on first use."""
-    return importlib.import_module("tensorflow_model_optimization")
+    with warnings.catch_warnings():  # it compares versions by distutils, whose end setuptools announces
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module("tensorflow_model_optimization")
 
 
 def abort_exchanges(reason: str) -> None:

@@ -17,6 +17,7 @@ from fusion.rules.base import Rule
 from fusion.types import derive_seed
 from recsys import diversity, results, served, soups
 from recsys.compare import save_values
+from recsys.compression_page import reports_of, variants
 from recsys.controls import alarms, controls, out_of_fold
 from recsys.ensemble_study import joining_classes
 from recsys.explanations import explaining, reasons
@@ -120,7 +121,7 @@ class ClassificationEvaluation:
             "controls": study["controls"],
             "curve": curve(study["order"], study["joined"], self.primary, cost, self.samples, self.seed),
             "learning": learning_of(task.fitted),
-            "variants": {},
+            "variants": variants(reports_of(task.run.folder)),
             **({"joint": joint} if (joint := task.joint()) else {}),
             **({"soups": averaged} if (averaged := task.soups) else {}),
         }

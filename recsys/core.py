@@ -42,6 +42,7 @@ class MemberScores(tf.Module):
         speaks = np.stack([member.speaks for member in members.values()])
         self.speaks = constant(speaks.astype(np.float32), tf.float32, "speaks")
         self.personal = [member.personal for member in members.values()]
+        self.counts = counts
         self.popularity = None if counts is None else constant(np.log1p(counts)[None], tf.float32, "popularity")
 
     @property

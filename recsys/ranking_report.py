@@ -13,6 +13,7 @@ from fusion.progress import progress
 from fusion.types import derive_seed
 from recsys import diversity, results, served, soups
 from recsys.compare import save_values
+from recsys.compression_page import reports_of, variants
 from recsys.controls import alarms, controls, list_quality, out_of_fold
 from recsys.core import RankingCore
 from recsys.ensemble_study import growing, joining_over_candidates, validation_lists, without
@@ -117,7 +118,7 @@ class RankingEvaluation:
             "tuning": self.task.trials,
             "learning": learning_of(task.fitted),
             "leaks": [vars(finding) for finding in told(task.run.path("data"))],
-            "variants": {},
+            "variants": variants(reports_of(task.run.folder)),
             **({"joint": joint} if (joint := task.joint()) else {}),
             **({"soups": averaged} if (averaged := task.soups) else {}),
         }

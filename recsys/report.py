@@ -16,6 +16,7 @@ import jinja2
 from fusion.files import write_atomically
 from recsys import plots
 from recsys import report_words as say
+from recsys.compression_page import section
 from recsys.report_content import Example, Mistake, Pictured, Recommended, ReportExtras
 from recsys.report_view import charts_of, view_of
 
@@ -36,16 +37,17 @@ def write_report(folder: str | Path, report: Mapping[str, Any], extras: ReportEx
     charts = {}
     for name, figure in charts_of(report, extras).items():
         written[folder / "plots" / f"{name}.png"] = plots.as_png(figure)
-        charts[name] = _data_address("image/svg+xml", plots.as_svg(figure))
-    view = view_of(report, extras) | {"charts": charts}
-    written[folder / "report.html"] = _environment(html=True).get_template("report.html.j2").render(view)
-    written[folder / "model_card.md"] = _environment(html=False).get_template("model_card.md.j2").render(view)
+        charts[name] = data_address("image/svg+xml", plots.as_svg(figure))
+    view = view_of(report, extras) | {"charts": charts, "compression": section(folder, report["primary_metric"])}
+    written[folder / "report.html"] = environment(html=True).get_template("report.html.j2").render(view)
+    written[folder / "model_card.md"] = environment(html=False).get_template("model_card.md.j2").render(view)
     for path, content in written.items():
         write_atomically(path, content)
     return list(written)
 
 
-def _environment(*, html: bool) -> jinja2.Environment:
+def environment(*, html: bool) -> jinja2.Environment:
+    """Where the templates are, and how they write numbers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=html,
@@ -67,7 +69,8 @@ def _environment(*, html: bool) -> jinja2.Environment:
     return environment
 
 
-def _data_address(kind: str, content: bytes) -> str:
+def data_address(kind: str, content: bytes) -> str:
+    """Content as an address that holds it."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 

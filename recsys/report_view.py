@@ -191,7 +191,12 @@ def _cost(report: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
     figures = {**report.get("members", {}), **report.get("rules", {})}
     kinds = {**dict.fromkeys(report.get("members", {}), "member"), **dict.fromkeys(report.get("rules", {}), "rule")}
     rows = [
-        {"name": name, "kind": kinds.get(name, "variant"), "quality": value_of(figures.get(name, {}), metric), **cost}
+        {
+            "name": name,
+            "kind": kinds.get(name, "variant"),
+            "quality": value_of(figures.get(name, cost.get("figures", {})), metric),
+            **cost,
+        }
         for name, cost in {**report.get("cost", {}), **report.get("variants", {})}.items()
     ]
     sign = 1 if higher_is_better(metric) else -1

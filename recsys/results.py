@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from fusion.compat import tf
+from fusion.compression.flops import count_flops
+from fusion.compression.measure import latency
 from fusion.types import History
 from recsys.collaborative.base import Member
 from recsys.metrics import Catalogue, Metric, RankedLists
@@ -95,25 +96,3 @@ def call_cost(score: Any, items: int, history: int = 32, calls: int = 50) -> dic
     function = tf.function(score).get_concrete_function(tf.TensorSpec([1, numbers.shape[1]], tf.int32))
     asked = tf.constant(numbers)
     return {"flops": count_flops(function), **latency(lambda: function(asked), calls)}
-
-
-def latency(call: Callable[[], Any], calls: int = 50) -> dict[str, float]:
-    """Milliseconds of a call, p50 and p95 of `calls` after three that do not count."""
-    seconds = []
-    for _ in range(calls + 3):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    p50, p95 = np.percentile(np.array(seconds[3:]) * 1000.0, [50, 95])
-    return {"p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3)}
-
-
-def count_flops(function: Any) -> int:
-    """Floating-point operations of a concrete function by TensorFlow's profiler; multiply and add are two.
-
-    The graph is counted as it stands: freezing its variables first gives the same number to a tenth of a per cent
-    (folded constants), and holds every table of every member several times over.
-    """
-    builder = tf.compat.v1.profiler.ProfileOptionBuilder
-    options = builder(builder.float_operation()).with_empty_output().build()
-    return int(tf.compat.v1.profiler.profile(function.graph, options=options).total_float_ops)

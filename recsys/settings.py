@@ -25,6 +25,7 @@ from recsys.datasets import READERS
 from recsys.joint import JointTraining, check_joint
 from recsys.metrics import parse_metric
 from recsys.presets import with_preset
+from recsys.recipes import Recipe
 from recsys.shared import expand_encoders
 from recsys.splits import SplitSettings
 from recsys.tuning import Grid, check_grid
@@ -123,6 +124,8 @@ class Experiment(Settings):
     """What is measured."""
     export: ExportSettings = ExportSettings()
     """What is written for servers and phones."""
+    compress: dict[str, Recipe] = Field(default_factory=dict)
+    """Recipes by name that are applied to what is served, after it has been exported; see `recsys.recipes`."""
 
     @property
     def fits_out_of_fold(self) -> int:
@@ -159,7 +162,8 @@ class Experiment(Settings):
 
     def check(self) -> None:
         """Raises ConfigError for everything that is wrong whatever the data holds."""
-        for what, names in (("run", [self.name]), ("member", self.members), ("rule", self.rules)):  # type: ignore[attr-defined]
+        named = (("member", self.members), ("rule", self.rules), ("recipe", self.compress))  # type: ignore[attr-defined]
+        for what, names in (("run", [self.name]), *named):
             for name in names:
                 if not NAME.match(name):
                     raise ConfigError(
@@ -197,6 +201,11 @@ class Experiment(Settings):
                         check_training(training, member.registry[member.kind].accelerations, self.strategy)
             except ConfigError as error:
                 raise ConfigError(f"members.{name}: {error}") from None
+        for name, recipe in self.compress.items():
+            try:
+                recipe.check(self.members, self.metrics)  # type: ignore[attr-defined]
+            except ConfigError as error:
+                raise ConfigError(f"compress.{name}: {error}") from None
         check_soups(self.soups, self.members, self.training.mode)  # type: ignore[attr-defined]
         _check_processes(self.training, self.strategy)  # type: ignore[attr-defined]
         _check_placement(self.members, self.training, self.strategy)  # type: ignore[attr-defined]

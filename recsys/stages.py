@@ -28,7 +28,7 @@ from recsys.workers import Job, Portion, work
 class Stages:
     """An experiment in the folder of one run; each stage reads what the earlier ones left there."""
 
-    STAGES = ("data", "train", "fuse", "evaluate", "export")
+    STAGES = ("data", "train", "fuse", "evaluate", "export", "compress")
     OVER: ClassVar[Over]
     """What the rules fuse: classes or candidates."""
 
@@ -175,6 +175,13 @@ class Stages:
         for name, rule in rules.items():
             rule.load_state(load_arrays(self.run.path("rules", name, "state.npz")))
         return rules
+
+    def compress(self) -> None:
+        """Applies the recipes of the config to what is served; the artifact is there whatever becomes of them."""
+        from recsys.compression import compress_task
+
+        for name, recipe in self.experiment.compress.items():
+            compress_task(self, name, recipe)
 
     @property
     def everybody(self) -> list[str]:

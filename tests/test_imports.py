@@ -22,8 +22,8 @@ LAYERS = (
     ("activations",),
     ("ensemble",),
     ("training",),
-    ("compression",),
     ("export",),
+    ("compression",),
 )
 """Parts of `fusion` from the ground up: each may import itself and what stands before its own line, or beside it
 among the helpers of the second line."""

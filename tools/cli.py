@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,17 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; received {text}")
     return number
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def size(text: str) -> int:
+    """The type of an option that is a number of bytes, such as 5MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)", text.strip().upper())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be a number of B, kB, MB or GB, as in 5MB; received {text}")
+    return round(float(found[1]) * UNITS[found[2]])
 
 
 def run(main: Callable[[], int | None], *, resume: str = "run the same command again to continue") -> None:

@@ -19,6 +19,7 @@ from scipy import sparse
 from fusion.compat import tf
 from fusion.config import Part, Settings, content_hash
 from fusion.types import History, RunOptions
+from recsys.collaborative.tables import NeighbourLists, Table
 from recsys.storage import arrays_hash, table_hash
 
 PADDING = -1
@@ -169,18 +170,18 @@ class EmbeddingScorer(tf.Module):
 
     def __init__(self, history_table: np.ndarray, item_table: np.ndarray, *, unit: bool, decay: float = 1.0) -> None:
         super().__init__()
-        self.history_table = constant(with_padding_row(history_table), tf.float32, "history_table")
-        self.item_table = constant(item_table, tf.float32, "item_table")
+        self.history_table = Table(with_padding_row(history_table), "history_table")
+        self.item_table = Table(item_table, "item_table")
         self.unit = unit
         self.decay = decay
 
     def user(self, history: tf.Tensor) -> tf.Tensor:
         """User vectors `[B, D]`."""
-        rows = tf.gather(self.history_table, padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
+        rows = self.history_table.rows(padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
         return pool_history(rows, recency(history, self.decay), unit=self.unit)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(self.user(history), self.item_table, transpose_b=True)
+        return self.item_table.dot(self.user(history))
 
     def at(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """Scores of some items alone, `[B, N]` for item numbers `[B, N]`."""
@@ -205,26 +206,26 @@ class LowRankScorer(tf.Module):
 
     def __init__(self, history_table: np.ndarray, item_table: np.ndarray, decay: float = 1.0) -> None:
         super().__init__()
-        self.history_table = constant(with_padding_row(history_table), tf.float32, "history_table")
-        self.item_table = constant(item_table, tf.float32, "item_table")
+        self.history_table = Table(with_padding_row(history_table), "history_table")
+        self.item_table = Table(item_table, "item_table")
         self.decay = decay
 
     def user(self, history: tf.Tensor) -> tf.Tensor:
         """User vectors `[B, D]`."""
-        rows = tf.gather(self.history_table, padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
+        rows = self.history_table.rows(padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
         return tf.reduce_sum(rows * recency(history, self.decay)[..., None], axis=1)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(self.user(history), self.item_table, transpose_b=True)
+        return self.item_table.dot(self.user(history))
 
     def at(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """Scores of some items alone, `[B, N]` for item numbers `[B, N]`."""
         return products_at(self.user(history), self.item_table, items)
 
 
-def products_at(users: tf.Tensor, item_table: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+def products_at(users: tf.Tensor, item_table: Table, items: tf.Tensor) -> tf.Tensor:
     """Inner products of user vectors `[B, D]` with the rows `[B, N]` of a table."""
-    return tf.squeeze(tf.matmul(tf.gather(item_table, items), users[..., None]), -1)
+    return tf.squeeze(tf.matmul(item_table.rows(items), users[..., None]), -1)
 
 
 class ConstantScorer(tf.Module):
@@ -265,15 +266,14 @@ class NeighbourScorer(tf.Module):
         super().__init__()
         self.items = index.shape[0]
         self.decay = decay
-        self.index = constant(with_padding_row(index), tf.int32, "neighbour_index")
-        self.weight = constant(with_padding_row(weight), tf.float32, "neighbour_weight")
+        self.lists = NeighbourLists(index, weight)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
         numbers = padded_numbers(history, self.items)
         batch = tf.shape(history)[0]
         rows = tf.range(batch)[:, None, None] * self.items
-        cells = tf.gather(self.index, numbers) + rows  # [B, L, N]
-        weights = tf.gather(self.weight, numbers) * recency(history, self.decay)[..., None]
+        neighbours, weights = self.lists.of(numbers)  # [B, L, N]
+        cells, weights = neighbours + rows, weights * recency(history, self.decay)[..., None]
         summed = tf.math.unsorted_segment_sum(tf.reshape(weights, [-1]), tf.reshape(cells, [-1]), batch * self.items)
         return tf.reshape(summed, [batch, self.items])
 

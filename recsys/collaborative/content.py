@@ -6,6 +6,7 @@ Three things make one: the encoder (exported as `embed_item`), a table of item e
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,6 +316,22 @@ class Content(TowerMember):
             towards, vector = self.projection @ user, embedding @ self.projection
         return np.asarray(towards / max(float(np.linalg.norm(vector)), 1e-12), np.float32)
 
+    def with_table(self, table: np.ndarray) -> Content:
+        """The same member over other embeddings of the catalogue, `[I, D]` of unit length, such as those of an encoder
+        that was made smaller. What was trained stays: the projection of histories is read off the tables."""
+        other = copy.copy(self)
+        other.table = table
+        if self.config.scorer == "cosine":
+            other.tables = table, table
+            return other
+        if self.projection is None:
+            raise DataError("a member must keep its projection to be given other embeddings; train it again.")
+        of_histories = np.linalg.lstsq(self.table[self.speaks], self.tables[0][self.speaks], rcond=None)[0]
+        item = table @ self.projection
+        item /= np.maximum(np.linalg.norm(item, axis=1, keepdims=True), 1e-12)
+        other.tables = (table @ of_histories).astype(np.float32), item
+        return other
+
     def contents(self) -> dict[str, Contents]:
         return {"item": Contents(self.encoder, self.config.columns, self.table, self.speaks)}
 
@@ -366,10 +383,10 @@ def embedding_table(
     rows = np.flatnonzero(available)
     with progress(f"embed {name}", len(rows), "items", quiet=options.quiet) as bar:
         vectors = embed(encoder, take(values, rows), data.cache / "embeddings", progress=reached(bar, len(rows)))
-    return _unit_rows(vectors, available)
+    return unit_table(vectors, available)
 
 
-def _unit_rows(vectors: np.ndarray, available: np.ndarray) -> np.ndarray:
+def unit_table(vectors: np.ndarray, available: np.ndarray) -> np.ndarray:
     """The table float32 `[I, D]` that holds, scaled to length 1, the vectors of the available items, and else 0."""
     table = np.zeros((len(available), vectors.shape[1]), np.float32)
     table[available] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -411,7 +428,7 @@ class TrainedPart:
         """Embeddings of the available items as the encoder is now, scaled to length 1, float32 `[I, D]`; else 0."""
         kept, encoder = self._kept, self._encoder
         vectors = embed(encoder, self._values) if kept is None else embed_activations(encoder, kept)
-        return _unit_rows(vectors, self._available)
+        return unit_table(vectors, self._available)
 
 
 def _embed_once(encoder: keras.Model, contents: dict[str, tf.Tensor], target: tf.Tensor) -> tf.Tensor:

@@ -340,7 +340,7 @@ class CandidateFeatures(tf.Module):
 
     def __call__(self, history: tf.Tensor, candidates: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         pooled, of_user = self.towers.describe(history)
-        item = tf.gather(self.towers.item_table, candidates)  # [B, C, D]
+        item = self.towers.item_table.rows(candidates)  # [B, C, D]
         user, product = nearest(self.towers.of(pooled, of_user), item)
         base = product / self.temperature
         repeated = tf.zeros_like(base)[..., None] + of_user[:, None]

@@ -26,6 +26,7 @@ from recsys.collaborative.base import (
     products_at,
     with_padding_row,
 )
+from recsys.collaborative.tables import Table
 
 BATCH_FLOATS = 2**19
 """Numbers in the vectors that are gathered for one batch of rows: 2 MB, so that they stay in a core's cache."""
@@ -244,20 +245,19 @@ class _FoldIn(tf.Module):
     def __init__(self, factors: np.ndarray, gram: np.ndarray, config: ImplicitALS.Config) -> None:
         super().__init__()
         self.items = len(factors)
-        self.history_table = constant(with_padding_row(factors), tf.float32, "ials_history")
-        self.item_table = constant(factors, tf.float32, "ials_items")
+        self.item_table = Table(with_padding_row(factors), "ials_items")
         self.gram = constant(gram, tf.float32, "ials_gram")
         self.config = config
 
     def user(self, history: tf.Tensor) -> tf.Tensor:
         """User vectors `[B, D]`."""
-        rows = tf.gather(self.history_table, padded_numbers(history, self.items))  # [B, L, D]
+        rows = self.item_table.rows(padded_numbers(history, self.items))  # [B, L, D]
         length = tf.reduce_sum(tf.cast(history >= 0, tf.float32), axis=1)
         diagonal = self.gram + self.config.penalty(length, self.items)[:, None]
         return conjugate_gradients(rows, diagonal, self.config.conjugate_steps)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(self.user(history), self.item_table, transpose_b=True)
+        return self.item_table.dot(self.user(history))[:, : self.items]
 
     def at(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """Scores of some items alone, `[B, N]` for item numbers `[B, N]`."""

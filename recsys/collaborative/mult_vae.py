@@ -23,6 +23,7 @@ from recsys.collaborative.base import (
     recency,
     with_padding_row,
 )
+from recsys.collaborative.tables import Table
 from recsys.evaluation import history_rows
 from recsys.metrics import parse_metric
 
@@ -154,19 +155,20 @@ class Completion(tf.Module):
 
     def __init__(self, weights: dict[str, np.ndarray], *, middle: bool, decay: float) -> None:
         super().__init__()
-        self.table = constant(with_padding_row(weights["encoder_kernel"]), tf.float32, "encoder_kernel")
-        self.weights = {n: constant(w, tf.float32, n) for n, w in weights.items() if n != "encoder_kernel"}
+        self.table = Table(with_padding_row(weights["encoder_kernel"]), "encoder_kernel")
+        self.kernels = {n: Table(w.T, n) for n, w in weights.items() if n.endswith("_kernel") and n != "encoder_kernel"}
+        self.biases = {n: constant(w, tf.float32, n) for n, w in weights.items() if n.endswith("_bias")}
         self.middle, self.decay = middle, decay
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        rows = tf.gather(self.table, padded_numbers(history, self.table.shape[0] - 1))  # [B, L, hidden]
+        rows = self.table.rows(padded_numbers(history, self.table.shape[0] - 1))  # [B, L, hidden]
         pooled = pool_history(rows, recency(history, self.decay), unit=False)
-        latent = self._layer("latent", tf.tanh(pooled + self.weights["encoder_bias"]))
+        latent = self._layer("latent", tf.tanh(pooled + self.biases["encoder_bias"]))
         hidden = tf.tanh(self._layer("decoder", tf.tanh(latent) if self.middle else latent))
         return self._layer("logits", hidden)
 
     def _layer(self, name: str, x: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(x, self.weights[f"{name}_kernel"]) + self.weights[f"{name}_bias"]
+        return self.kernels[f"{name}_kernel"].dot(x) + self.biases[f"{name}_bias"]
 
 
 class HistorySum(keras.layers.Layer):

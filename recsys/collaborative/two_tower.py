@@ -28,6 +28,7 @@ from recsys.collaborative.base import (
 from recsys.collaborative.content import principal_axes
 from recsys.collaborative.features import FeatureSettings, check_contents, item_features
 from recsys.collaborative.pairs import HistoryPairs, TowerMember, Towers, train_towers
+from recsys.collaborative.tables import Table
 
 BLOCK = 4096
 """Items whose vectors are made at a time."""
@@ -290,15 +291,15 @@ class TowerScorer(tf.Module):
 
     def __init__(self, learned: dict[str, np.ndarray], interests: int, decay: float, *, unit: bool) -> None:
         super().__init__()
-        self.item_table = constant(learned["item_table"], tf.float32, "item_table")
-        self.history_table = constant(with_padding_row(learned["history_table"]), tf.float32, "history_table")
+        self.item_table = Table(learned["item_table"], "item_table")
+        self.history_table = Table(with_padding_row(learned["history_table"]), "history_table")
         self.mlp = Mlp(learned, "user")
         self.interests, self.decay, self.unit = interests, decay, unit
 
     def describe(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Histories `[B, L]` -> pooled rows `[B, K, D]` and statistics `[B, S + 1]`."""
         items, dimensions = self.item_table.shape
-        read = tf.gather(self.history_table, padded_numbers(history, items))
+        read = self.history_table.rows(padded_numbers(history, items))
         rows, rest = read[..., :dimensions], read[..., dimensions:]
         weights = recency(history, self.decay)
         weighted = weights[..., None]
@@ -317,9 +318,9 @@ class TowerScorer(tf.Module):
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
         users = self.user(history)
-        scores = tf.matmul(users[:, 0], self.item_table, transpose_b=True)
+        scores = self.item_table.dot(users[:, 0])
         for interest in range(1, self.interests):  # one after another: [B, K, I] would be K times the memory
-            scores = tf.maximum(scores, tf.matmul(users[:, interest], self.item_table, transpose_b=True))
+            scores = tf.maximum(scores, self.item_table.dot(users[:, interest]))
         return scores
 
 

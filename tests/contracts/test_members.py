@@ -27,6 +27,7 @@ from recsys.collaborative import MEMBERS, ials
 from recsys.collaborative.base import PADDING, Member, TrainingData, largest_by_row, padded_numbers
 from recsys.collaborative.ials import ImplicitALS, Solver, batches, conjugate_gradients, ridge
 from recsys.collaborative.pairs import HistoryPairs, in_batch_softmax
+from recsys.collaborative.tables import pack
 from recsys.core import HISTORY_SPEC, MemberScores
 from recsys.evaluation import question
 from recsys.schema import TEST, Interactions
@@ -244,6 +245,37 @@ class TestEveryMember:
         for row, scores in zip(sample, expected, strict=True):
             found = tflite.run(tmp_path / "scorer.tflite", {"history": row[None]})["scores"][0]
             np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-4)
+
+    def test_packed_tables_answer_nearly_alike(self, case: Fitted, tmp_path: Path) -> None:
+        """L1: tables in 8 bits give nearly the same scores, in the `.tflite` as well, and 4 bits mostly the same."""
+        scorer = case.member.scorer()
+        bytes_before, histories = size_of(scorer), pad(tuple([int(n)] for n in case.world.warm[:8]))
+        expected = scorer(tf.constant(histories)).numpy()
+        pack(scorer, 8)
+        packed = scorer(tf.constant(histories)).numpy()
+        spread = float(expected.std()) or 1.0
+        assert np.abs(packed - expected).max() <= 0.15 * spread + 0.002 * np.abs(expected).max()
+        if size_of(scorer) == bytes_before:
+            return  # it has no table
+        assert size_of(scorer) < 0.75 * bytes_before
+        one = tf.function(
+            lambda history: {"scores": scorer(history)}, input_signature=[tf.TensorSpec([1, 4], tf.int32, "history")]
+        )
+        path = tmp_path / "packed.tflite"
+        path.write_bytes(tflite.convert({"serving_default": one}, scorer))
+        row = pad(([int(n) for n in case.world.warm[:3]],), 4)
+        found = tflite.run(path, {"history": row})["scores"]
+        np.testing.assert_allclose(found, scorer(tf.constant(row)).numpy(), rtol=1e-3, atol=1e-3 * spread)
+        coarse = case.member.scorer()
+        pack(coarse, 4)
+        assert size_of(coarse) <= size_of(scorer)
+        difference = np.abs(coarse(tf.constant(histories)).numpy() - expected)
+        assert np.median(difference) <= 0.5 * spread + 0.02 * np.abs(expected).max()
+
+
+def size_of(scorer: tf.Module) -> int:
+    """Bytes of a scorer's variables."""
+    return sum(int(np.prod(variable.shape)) * variable.dtype.size for variable in scorer.variables)
 
 
 def kind_of(member: Member) -> str:

@@ -497,6 +497,6 @@ def test_a_class_without_a_training_example_is_refused(tmp_path: Path, monkeypat
 
 def test_every_task_has_the_stages_of_the_design() -> None:
     for name in TASKS:
-        assert TASKS[name].STAGES == ("data", "train", "fuse", "evaluate", "export")
+        assert TASKS[name].STAGES == ("data", "train", "fuse", "evaluate", "export", "compress")
     assert isinstance(parse_experiment(cheap()).members["ease"], Part)
     assert issubclass(ClassifierMember, object)

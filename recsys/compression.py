@@ -1,0 +1,217 @@
+"""Applies recipes to what a finished run serves, measures what that costs and says whether the promise holds.
+
+What becomes of each member is a cell of its own in `compressed/<recipe>/<member>/`: the `.tflite`, what it answers and
+a report. What is finished is never done again, whatever interrupts.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fusion.compression.recipe import Outcome
+from fusion.config import Part, content_hash
+from fusion.errors import ConfigError, GateError
+from fusion.files import atomic_folder, sha256_of, write_atomically
+from fusion.progress import note
+from fusion.registry import Registry
+from fusion.rules.base import Rule
+from fusion.types import Over, RunOptions, derive_seed
+from recsys import results
+from recsys.compression_page import FOLDER, renew, reports_of, variants
+from recsys.fitting import keep_copy
+from recsys.metrics import Metric, parse_metric
+from recsys.pipeline import TASKS, machine_faults
+from recsys.recipes import Recipe
+from recsys.run import Run, code_version
+from recsys.schema import TEST, VALIDATION
+from recsys.significance import paired_difference
+
+PARTS = {"validation": VALIDATION, "test": TEST}
+
+KINDS = Registry(
+    "kind of compression",
+    {
+        "classes": "recsys.compressed_classes:ClassCompression",
+        "candidates": "recsys.compressed_rankings:RankingCompression",
+    },
+)
+
+Values = dict[str, "np.ndarray | float"]
+"""By metric one value a row (a user) `[n]`, or one number."""
+
+
+def compress_run(run: Run, name: str, recipe: Recipe, max_drop: float | None = None) -> dict[str, Any]:
+    """Compresses the members of what the run serves and fuses what is left; returns the recipe's report.
+
+    The report goes to `compressed/<name>/report.json`, and the figures into `variants` of the run's report.
+
+    Args:
+        run: finished as far as its evaluation.
+        name: of the recipe.
+        recipe: what is done.
+        max_drop: the most that may be lost of the deciding metric, in place of what the recipe says.
+
+    Raises:
+        ConfigError: the run is not evaluated, or the recipe names what it does not have.
+        GateError: a method achieved nothing, or more was lost than was promised; the report says so too.
+    """
+    check_evaluated(run)
+    if max_drop is not None:
+        recipe = recipe.model_copy(update={"max_drop": {run.experiment.primary: max_drop}})
+    with machine_faults(run.folder), run.locked():
+        return compress_task(TASKS[run.experiment.task](run), name, recipe)
+
+
+def check_evaluated(run: Run) -> None:
+    """Raises ConfigError for a run that did not get as far as its evaluation."""
+    if not run.done("evaluate"):
+        raise ConfigError(
+            f"what is compressed must be an evaluated run; {run.folder} did not get that far. Run tools/train.py with "
+            "its config again to continue it."
+        )
+
+
+def compress_task(task: Any, name: str, recipe: Recipe) -> dict[str, Any]:
+    """The same for a task whose run is locked."""
+    recipe.check(task.experiment.members, task.experiment.metrics)
+    found: dict[str, Any] = KINDS[task.OVER](task, name, recipe).report()
+    write_atomically(task.run.path(FOLDER, name, "report.json"), json.dumps(found, indent=2))
+    _keep_variants(task.run)
+    broken = [sentence for sentence in found["gate"].values() if sentence]
+    if broken:
+        raise GateError(f"recipe {name}: {broken[0]} What is served stays as it is.")
+    return found
+
+
+def _keep_variants(run: Run) -> None:
+    """Beside members and rules in the run's report, where `tools/compare.py` finds them, and on its page."""
+    path = run.path("report.json")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    report["variants"] = variants(reports_of(run.folder))
+    write_atomically(path, json.dumps(report, indent=1))
+    renew(run.folder, report["primary_metric"])
+
+
+class Compression(abc.ABC):
+    """One recipe over what a run serves.
+
+    Attributes:
+        served: the name of the rule, or of the member alone, that is served.
+        rule: it, over just the members that its answers need.
+        metric: the one that decides.
+    """
+
+    OVER: ClassVar[Over]
+
+    def __init__(self, task: Any, name: str, recipe: Recipe) -> None:
+        self.task, self.name, self.recipe = task, name, recipe
+        report = json.loads(task.run.path("report.json").read_text(encoding="utf-8"))
+        self.served: str = report.get("served", report["best_rule"])  # older runs do not name it
+        self.rule: Rule = task.rule_to_serve(self.served)
+        self.folder = task.run.path(FOLDER, name)
+        self.metric = parse_metric(task.experiment.primary, self.OVER)
+
+    @abc.abstractmethod
+    def members(self) -> dict[str, dict[str, Any]]:
+        """Compresses what is not compressed yet; by member with a network what `Outcome.dump` says of it."""
+
+    @abc.abstractmethod
+    def values(self, part: str, *, after: bool) -> Values:
+        """Every metric of what is served, on a part, as it was or `after` compression."""
+
+    @abc.abstractmethod
+    def cost(self, *, after: bool) -> dict[str, Any]:
+        """`bytes`, `flops`, `p50_ms` and `p95_ms` of an answer in LiteRT, of all members together."""
+
+    def report(self) -> dict[str, Any]:
+        """Compresses what is not compressed yet, and what that changed of what is served."""
+        members = self.members()
+        settings, seed = self.task.experiment.evaluation, self.task.experiment.seed
+        values = {
+            part: {when: self.values(part, after=when == "after") for when in ("before", "after")} for part in PARTS
+        }
+        differences = {
+            part: {
+                metric: dict(paired_difference(new, old, settings.samples, seed))
+                for metric, new in found["after"].items()
+                if isinstance(new, np.ndarray) and isinstance(old := found["before"][metric], np.ndarray)
+            }
+            for part, found in values.items()
+        }
+        rows = len(np.asarray(values["test"]["after"][self.metric.name]))
+        return {
+            "schema_version": results.SCHEMA_VERSION,
+            "recipe": self.name,
+            "settings": self.recipe.model_dump(mode="json"),
+            "served": self.served,
+            "metric": self.metric.name,
+            "members": members,
+            "figures": results.figures(values["test"], settings.samples, seed, rows),
+            "differences": differences,
+            "gate": {m: self._broken(m, most, differences["validation"]) for m, most in self.recipe.max_drop.items()},
+            "cost": {when: self.cost(after=when == "after") for when in ("before", "after")},
+        }
+
+    def _broken(self, name: str, most: float, differences: Mapping[str, Any]) -> str:
+        """What is wrong where more was lost of a metric on the validation rows than was promised; else empty."""
+        if name not in differences:
+            raise ConfigError(f"max_drop must name metrics with a value for each row; received '{name}'.")
+        metric: Metric = parse_metric(name, self.OVER)
+        lost = differences[name]["difference"] * (-1 if metric.higher_is_better else 1)
+        if lost <= most:
+            return ""
+        return f"{name} must not get worse by more than {most:g} on the validation rows; it did by {lost:.4f}."
+
+    @staticmethod
+    def tried(compressed: Callable[[], Outcome]) -> tuple[Outcome | None, str]:
+        """What compression gives, or None and why: steps for all members may have nothing to do for one of them."""
+        try:
+            return compressed(), ""
+        except GateError as error:
+            return None, str(error)
+
+    def check_useful(self, members: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises GateError where no step was of use to any member."""
+        if not any(facts["steps"] for facts in members.values()):
+            reasons = " ".join(dict.fromkeys(facts["skipped"] for facts in members.values() if facts["skipped"]))
+            raise GateError(
+                f"nothing of recipe {self.name} was of use: {reasons or 'it has no steps for the members.'}"
+            )
+
+    def cell(
+        self, member: str, steps: tuple[Part, ...], make: Callable[[Path, RunOptions], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The report of a member's cell, which `make` fills, in a folder aside, unless it is there already. GateError
+        where steps that were asked for by the member's name had nothing to do.
+
+        Cells lie in `compressed/.cells/`, where recipes share them, and are linked to the recipe's own folder. What is
+        interrupted in training is continued by the next call.
+        """
+        key = self._key(member, steps)
+        kept = self.task.run.path(FOLDER, ".cells", key)
+        if not kept.exists():
+            note(f"{self.name}: {member}", quiet=self.task.run.quiet)
+            work = self.task.run.path(FOLDER, ".work", key)
+            seed = derive_seed(self.task.experiment.seed, "compression", member)
+            with atomic_folder(kept) as aside:
+                facts = make(aside, RunOptions(seed, work, quiet=self.task.run.quiet))
+                write_atomically(aside / "report.json", json.dumps(facts, indent=2))
+            shutil.rmtree(work, ignore_errors=True)
+        keep_copy(kept, self.folder / member)
+        found: dict[str, Any] = json.loads((kept / "report.json").read_text(encoding="utf-8"))
+        if found["skipped"] and member in self.recipe.members:
+            raise GateError(found["skipped"])
+        return found
+
+    def _key(self, member: str, steps: tuple[Part, ...]) -> str:
+        """Names all that the cell depends on."""
+        fitted = sha256_of(self.task.fitted[member].folder / "state.npz")
+        told = [part.dump() for part in steps]
+        return content_hash([member, told, fitted, code_version(), self.task.manifest.sha256])

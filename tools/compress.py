@@ -1,0 +1,63 @@
+"""Makes what a run serves smaller: applies recipes, and measures bytes, speed and quality before and after.
+
+A recipe that loses more than --max-drop allows ends with exit code 4, and what is served stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+import cli
+
+EXAMPLES = """  python tools/compress.py runs/digits/latest --recipe int8
+  python tools/compress.py runs/digits/latest --recipe prune --recipe qat --max-drop 0.01
+  python tools/compress.py runs/digits/latest --budget 200kB --max-drop 0.01
+"""
+
+
+def main() -> int:
+    from fusion.compression import METHODS  # tables of names: what stands behind them is imported when it is used
+    from recsys.recipes import BUILT_IN, recipe_named
+
+    known = f"{EXAMPLES}\nmethods of a recipe:\n{_listed(METHODS)}\nbuilt-in recipes:\n{_listed(BUILT_IN)}"
+    parser = cli.parser(__doc__ or "", known)
+    parser.add_argument("run", type=Path, help="the folder of a run, as train.py printed it")
+    parser.add_argument("--recipe", action="append", default=[], help="built in, or of the config; repeatable")
+    parser.add_argument("--budget", type=cli.size, help="search the best mix of recipes within so much, as in 5MB")
+    parser.add_argument("--max-drop", type=float, help="the most that may be lost of the deciding metric (validation)")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    args = parser.parse_args()
+    if not args.recipe and args.budget is None:
+        parser.error("--recipe NAME or --budget SIZE must be given")
+    if args.budget is not None and args.max_drop is None:
+        parser.error("--budget needs --max-drop, the most that may be lost")
+
+    from recsys.compression import compress_run
+    from recsys.compression_search import search_run
+    from recsys.compression_summary import pareto_table, summary
+    from recsys.run import Run
+
+    run = Run.open(args.run, quiet=args.quiet)
+    recipes = {name: recipe_named(name, run.experiment.compress) for name in args.recipe}
+    if args.budget is None:
+        reports = {name: compress_run(run, name, recipe, args.max_drop) for name, recipe in recipes.items()}
+        print(json.dumps(reports) if args.json else summary(reports))
+        return 0
+    report, mixes = search_run(run, recipes, args.budget, args.max_drop)
+    found = {"report": report, "pareto": [mix._asdict() for mix in mixes]}
+    print(json.dumps(found) if args.json else f"{pareto_table(mixes)}\n\n{summary({report['recipe']: report})}")
+    return 0
+
+
+def _listed(names: Iterable[str]) -> str:
+    return textwrap.fill(", ".join(names), 110, initial_indent="  ", subsequent_indent="  ")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    cli.run(main)
