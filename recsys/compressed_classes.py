@@ -12,7 +12,10 @@ from fusion.compat import keras, tf
 from fusion.compression.base import Answer, CompressionData, answer_of
 from fusion.compression.measure import litert_answer
 from fusion.compression.recipe import compress, untouched
+from fusion.errors import ConfigError
 from fusion.files import load_arrays, save_arrays, write_atomically
+from fusion.rules.average import Average
+from fusion.rules.base import Rule
 from fusion.training.batches import Rows
 from fusion.training.member import ClassifierMember
 from fusion.training.separate import cross_entropy
@@ -20,6 +23,9 @@ from fusion.types import Features, RunOptions
 from recsys.compression import PARTS, Compression, Values
 from recsys.metrics import parse_metric
 from recsys.schema import TRAIN, VALIDATION
+
+SMALLEST = 1e-7
+"""Probabilities of a teacher are no smaller: their logarithms are learned."""
 
 REPRESENTATIVE = 200
 """Training rows from which ranges are read."""
@@ -32,6 +38,11 @@ class ClassCompression(Compression):
 
     def members(self) -> dict[str, dict[str, Any]]:
         """As `Compression.members`."""
+        if self.recipe.student not in ("", *self.rule.members):
+            raise ConfigError(
+                f"student must name a member of what is served, {', '.join(self.rule.members)}; received "
+                f"'{self.recipe.student}'."
+            )
         self._facts = {member: self._compressed(member) for member in self.rule.members}
         self.check_useful(self._facts)
         return self._facts
@@ -68,6 +79,7 @@ class ClassCompression(Compression):
             logits = answer(submodel.prepare(task.values(member, held), fixed_length=True))
             return np.asarray(self.metric.of_classes(task.labels[held], tf.nn.softmax(logits).numpy()))
 
+        teacher = self._ensemble(train) if member == self.recipe.student else None
         return CompressionData(
             rows=Rows(len(train), gather),
             loss=lambda logits, batch: cross_entropy(batch["label"], logits),
@@ -76,7 +88,13 @@ class ClassCompression(Compression):
             metric=self.metric.name,
             higher_is_better=self.metric.higher_is_better,
             options=options,
+            teacher=teacher,
         )
+
+    def _ensemble(self, rows: np.ndarray) -> np.ndarray:
+        """What is served says of some rows: logarithms of its probabilities `[n, C]`."""
+        said = {name: self._said_of(name, rows) for name in self.rule.members}
+        return np.log(np.maximum(self._probabilities(self.rule, rows, said), SMALLEST)).astype(np.float32)
 
     def _logits(self, member: str, rows: np.ndarray, answer: Answer) -> np.ndarray:
         """Logits `[n, C]`; zero where the member has nothing to read (the mask says so)."""
@@ -88,30 +106,44 @@ class ClassCompression(Compression):
 
     def values(self, part: str, *, after: bool) -> Values:
         """As `Compression.values`."""
-        members = self.rule.members
-        if after:
-            return self.fused(part, {name: load_arrays(self.folder / name / "answers.npz")[part] for name in members})
-        return self.fused(part, {name: self.said(name, part) for name in members})
+        if not after:
+            return self.fused(part, {name: self.said(name, part) for name in self.rule.members})
+        members = (self.recipe.student,) if self.recipe.student else self.rule.members
+        said = {name: load_arrays(self.folder / name / "answers.npz")[part] for name in members}
+        return self.fused(part, said, self._alone if self.recipe.student else None)
+
+    @property
+    def _alone(self) -> Rule:
+        """Over the student alone, which learned probabilities, so that nothing is left to calibrate."""
+        return Average(Average.Config(calibration="none"), (self.recipe.student,), self.OVER)
 
     def said(self, member: str, part: str = "validation") -> np.ndarray:
         """Logits `[n, C]` of a member as it was."""
-        model = _scoring_model(self.task.fitted[member].member)
-        return self._logits(member, self.task.rows(PARTS[part]), answer_of(model))
+        return self._said_of(member, self.task.rows(PARTS[part]))
 
-    def fused(self, part: str, said: Mapping[str, np.ndarray]) -> Values:
-        """Every metric of what is served where its members say this, `[n, C]` each, of the rows of a part."""
+    def _said_of(self, member: str, rows: np.ndarray) -> np.ndarray:
+        return self._logits(member, rows, answer_of(_scoring_model(self.task.fitted[member].member)))
+
+    def fused(self, part: str, said: Mapping[str, np.ndarray], rule: Rule | None = None) -> Values:
+        """Every metric of what is served, or of another rule, where members say this, `[n, C]` each, of a part."""
         task, rows = self.task, self.task.rows(PARTS[part])
-        mask = np.stack([task.available(member)[rows] for member in said], axis=1)
-        read = self.rule.reads(self.rule.config)
-        context = {name: numbers for name, numbers in task.context(rows).items() if name in read}
-        fused = self.rule(tf.constant(np.stack([*said.values()], axis=1)), tf.constant(mask), context)
-        probabilities = self.rule.probabilities(fused).numpy()
+        probabilities = self._probabilities(rule or self.rule, rows, said)
         metrics = {name: parse_metric(name, self.OVER) for name in task.experiment.metrics}
         return {name: metric.of_classes(task.labels[rows], probabilities) for name, metric in metrics.items()}
 
+    def _probabilities(self, rule: Rule, rows: np.ndarray, said: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What a rule makes of its members' logits, `[n, C]`."""
+        mask = np.stack([self.task.available(member)[rows] for member in said], axis=1)
+        read = rule.reads(rule.config)
+        context = {name: numbers for name, numbers in self.task.context(rows).items() if name in read}
+        fused = rule(tf.constant(np.stack([*said.values()], axis=1)), tf.constant(mask), context)
+        probabilities: np.ndarray = rule.probabilities(fused).numpy()
+        return probabilities
+
     def cost(self, *, after: bool) -> dict[str, Any]:
         """As `Compression.cost`: the members' files together, asked one after another by one thread."""
-        found: list[Mapping[str, Any]] = [facts["after" if after else "before"] for facts in self._facts.values()]
+        answering = (self.recipe.student,) if after and self.recipe.student else self.rule.members
+        found: list[Mapping[str, Any]] = [self._facts[name]["after" if after else "before"] for name in answering]
         return {
             "bytes": sum(measures["bytes"]["tflite"] for measures in found),
             "flops": sum(measures["flops"] for measures in found),

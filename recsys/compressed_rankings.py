@@ -19,6 +19,7 @@ from fusion.compression.measure import latency, litert_answer
 from fusion.compression.recipe import compress, untouched
 from fusion.config import Part
 from fusion.embeddings import take
+from fusion.errors import ConfigError
 from fusion.export.litert import Runner
 from fusion.export.tflite import convert
 from fusion.files import load_arrays, save_arrays, write_atomically
@@ -55,6 +56,8 @@ class RankingCompression(Compression):
 
     def members(self) -> dict[str, dict[str, Any]]:
         """As `Compression.members`: content members, whose encoders the recipe has steps for."""
+        if self.recipe.student:
+            raise ConfigError("student makes one network of a classifier; a ranking has no such form. Leave it out.")
         self._after = {name: self.task.test_members[name] for name in self.rule.members}
         facts = {}
         for name, member in self._after.items():

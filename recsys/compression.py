@@ -214,4 +214,9 @@ class Compression(abc.ABC):
         """Names all that the cell depends on."""
         fitted = sha256_of(self.task.fitted[member].folder / "state.npz")
         told = [part.dump() for part in steps]
-        return content_hash([member, told, fitted, code_version(), self.task.manifest.sha256])
+        teacher = ""
+        if member == self.recipe.student:
+            states = {name: sha256_of(self.task.fitted[name].folder / "state.npz") for name in self.rule.members}
+            rules = [sha256_of(path) for path in sorted(self.task.run.path("rules").glob("*/state.npz"))]
+            teacher = content_hash([self.served, states, rules])
+        return content_hash([member, told, fitted, teacher, code_version(), self.task.manifest.sha256])

@@ -33,6 +33,9 @@ class Recipe(Settings):
     """Methods for the network of each member that has one, one after the other."""
     members: dict[str, tuple[part_of(METHODS), ...]] = Field(default_factory=dict)  # type: ignore[valid-type]
     """Other methods for some members; none leaves the member as it is."""
+    student: str = ""
+    """Classification: the member whose `distil` step makes one student of the whole ensemble, which then answers alone
+    and reads what that member reads. All others are left out."""
     tables: TableSettings | None = None
     """Rankings: how tables are packed; left in float32 where it is not there."""
     max_drop: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
@@ -41,7 +44,7 @@ class Recipe(Settings):
     def steps_for(self, member: str) -> tuple[Part, ...]:
         """The methods for the network of one member."""
         steps: tuple[Part, ...] = self.members.get(member, self.steps)
-        return steps
+        return steps if self.student in ("", member) else ()
 
     def check(self, members: Mapping[str, Any], metrics: tuple[str, ...]) -> None:
         """Raises ConfigError where it names what the run does not have, or does nothing."""
@@ -53,6 +56,14 @@ class Recipe(Settings):
                 raise ConfigError(
                     f"max_drop must name metrics of the run; received '{metric}': {nearest(metric, metrics)}"
                 )
+        if self.student and self.student not in members:
+            raise ConfigError(
+                f"student must name a member; received '{self.student}': {nearest(self.student, members)}"
+            )
+        if self.student and all(part.kind != "distil" for part in self.steps_for(self.student)):
+            raise ConfigError(
+                f"the steps of the student '{self.student}' must hold one of kind distil, which makes it; none is."
+            )
         if not self.steps and not any(self.members.values()) and self.tables is None:
             raise ConfigError("a recipe must have steps, for all members or for some, or pack tables; received none.")
 

@@ -100,6 +100,28 @@ def _nibbles(codes: np.ndarray) -> np.ndarray:
     return shifted[:, 0::2] * 16 + shifted[:, 1::2]
 
 
+class Numbers(tf.Module):
+    """Numbers of items or users, `[R]` or `[R, C]`, 0 or more; packed they take 16 bits where all are below 2^16."""
+
+    def __init__(self, values: np.ndarray, name: str) -> None:
+        super().__init__(name)
+        self.length = len(values)
+        self._shift = 0
+        self._values = tf.Variable(values, trainable=False, dtype=tf.int32, name=name)
+
+    def rows(self, places: tf.Tensor) -> tf.Tensor:
+        """Rows by number, int32."""
+        found = tf.gather(self._values, places)
+        return found if not self._shift else tf.cast(found, tf.int32) + self._shift
+
+    def pack(self) -> None:
+        """Keeps 16 bits of each where that is enough."""
+        values = self._values.numpy()
+        if values.dtype == np.int32 and values.max(initial=0) < 2**16:
+            self._shift = 2**15  # into the range of int16: TFLite gathers no uint16
+            self._values = tf.Variable((values - self._shift).astype(np.int16), trainable=False, name=self.name)
+
+
 class NeighbourLists(tf.Module):
     """Numbers and weights of each item's neighbours, `[I, N]`; row I is that of the padding of histories.
 
@@ -109,7 +131,6 @@ class NeighbourLists(tf.Module):
 
     def __init__(self, index: np.ndarray, weight: np.ndarray) -> None:
         super().__init__()
-        self.items = len(index)
         padding = [(0, 1), (0, 0)]
         self._index: tf.Variable | None = tf.Variable(
             np.pad(index, padding), trainable=False, dtype=tf.int32, name="neighbour_index"
@@ -145,12 +166,9 @@ class PackedLists(tf.Module):
         lengths = kept.sum(axis=1)
         self.longest = max(int(lengths.max(initial=0)), 1)
         starts = np.append(0, np.cumsum(lengths))
-        # Shifted into the range of int16: TFLite gathers no uint16.
-        self.shift, narrow = (2**15, np.int16) if len(index) <= 2**16 else (0, np.int32)
         # One entry too many, so that empty rows at the end read something.
-        self.index = tf.Variable(
-            (np.append(index[kept], 0) - self.shift).astype(narrow), trainable=False, name="neighbour_index"
-        )
+        self.index = Numbers(np.append(index[kept], 0), "neighbour_index")
+        self.index.pack()
         self.codes = tf.Variable(np.append(codes[kept], 0).astype(np.int8), trainable=False, name="neighbour_codes")
         self.starts = tf.Variable(starts.astype(np.int32), trainable=False, name="neighbour_starts")
         self.scale = tf.Variable(scale, trainable=False, dtype=tf.float32, name="neighbour_scale")
@@ -160,10 +178,10 @@ class PackedLists(tf.Module):
         start, end = tf.gather(self.starts, numbers)[..., None], tf.gather(self.starts, numbers + 1)[..., None]
         places = start + tf.range(self.longest)
         there = places < end
-        places = tf.minimum(places, self.index.shape[0] - 1)
+        places = tf.minimum(places, self.index.length - 1)
         codes = tf.cast(tf.gather(self.codes, places), tf.float32)
         weights = tf.where(there, codes, 0.0) * tf.gather(self.scale, numbers)[..., None]
-        return tf.cast(tf.gather(self.index, places), tf.int32) + self.shift, weights
+        return self.index.rows(places), weights
 
 
 def heaviest(weight: np.ndarray, mass: float) -> np.ndarray:
@@ -185,5 +203,7 @@ def pack(scorer: tf.Module, bits: Bits, mass: float = 1.0) -> None:
     for module in (scorer, *scorer.submodules):
         if isinstance(module, Table):
             module.pack(bits)
+        elif isinstance(module, Numbers):
+            module.pack()
         elif isinstance(module, NeighbourLists):
             module.pack(mass)

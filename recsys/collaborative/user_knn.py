@@ -11,6 +11,7 @@ from fusion.errors import MachineError
 from fusion.types import RunOptions
 from recsys.collaborative.base import Decay, Member, TrainingData, constant, padded_numbers, recency, with_padding_row
 from recsys.collaborative.item_knn import Weighting, rarity
+from recsys.collaborative.tables import Numbers
 
 LIMIT_BYTES = 1_500_000_000
 
@@ -120,8 +121,8 @@ class _FoldIn(tf.Module):
         self.shrinkage, self.decay = member.config.shrinkage, member.config.decay
         self.amplification = member.config.amplification
         # Item and user numbers of padding are one past the last, in the tables and in what is summed up from them.
-        self.users_of_items = constant(with_padding_row(member.users_of_items, self.users), tf.int32, "users_of_items")
-        self.items_of_users = constant(member.items_of_users, tf.int32, "items_of_users")
+        self.users_of_items = Numbers(with_padding_row(member.users_of_items, self.users), "users_of_items")
+        self.items_of_users = Numbers(member.items_of_users, "items_of_users")
         self.item_weights = constant(with_padding_row(member.item_weights), tf.float32, "item_weights")
         self.norms = constant(member.norms, tf.float32, "user_norms")
 
@@ -129,14 +130,14 @@ class _FoldIn(tf.Module):
         """Of each history with all users of the training data, `[B, U]`."""
         numbers, recent = padded_numbers(history, self.items), recency(history, self.decay)
         weights = tf.gather(self.item_weights, numbers) * recent  # [B, L]
-        shared = _sum_by_number(tf.gather(self.users_of_items, numbers), weights, self.users)
+        shared = _sum_by_number(self.users_of_items.rows(numbers), weights, self.users)
         norm = tf.sqrt(tf.reduce_sum(weights * recent, axis=1, keepdims=True))
         return shared / (norm * self.norms + self.shrinkage + 1e-12)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
         similarity, nearest = tf.math.top_k(self.similarities(history), self.neighbours)  # [B, N]
         weights = tf.pow(similarity, self.amplification)
-        return _sum_by_number(tf.gather(self.items_of_users, nearest), weights, self.items)
+        return _sum_by_number(self.items_of_users.rows(nearest), weights, self.items)
 
 
 def _sum_by_number(numbers: tf.Tensor, weights: tf.Tensor, count: int) -> tf.Tensor:

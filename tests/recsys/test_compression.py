@@ -136,6 +136,18 @@ class TestClasses:
         with pytest.raises(GateError, match="must find a kernel"):
             compress_run(classified, "named", recipe(members={"text": [{"kind": "dynamic_range"}]}))
 
+    def test_the_whole_ensemble_becomes_one_student(self, classified):
+        """M2: a small network learns what the fused members say, and answers alone: smaller than all of them."""
+        step = {"kind": "distil", "student": {"kind": "cnn", "widths": [8, 8]}, "weight": 1.0}
+        step["training"] = {"epochs": 6, "batch_size": 32, "learning_rate": 0.01}
+        found = compress_run(classified, "fast", recipe(members={"image": [step]}, student="image"))
+        own = found["members"]["image"]["after"]
+        assert found["cost"]["after"]["bytes"] == own["bytes"]["tflite"] < 0.7 * found["cost"]["before"]["bytes"]
+        assert found["members"]["text"]["steps"] == []
+        assert found["figures"]["after"]["accuracy"]["value"] > 0.6
+        with pytest.raises(ConfigError, match="must hold one of kind distil"):
+            compress_run(classified, "wrong", recipe(steps=[{"kind": "float16"}], student="image"))
+
     def test_members_can_be_left_as_they_are(self, classified):
         """`members: {text: []}`: its float32 file is measured all the same."""
         found = compress_run(classified, "some", recipe(steps=[{"kind": "float16"}], members={"text": []}))

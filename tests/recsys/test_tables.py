@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusion.compat import tf
-from recsys.collaborative.tables import NeighbourLists, Table, heaviest, quantised
+from recsys.collaborative.tables import NeighbourLists, Numbers, Table, heaviest, quantised
 
 RANDOM = np.random.default_rng(4)
 
@@ -63,6 +63,14 @@ class TestNeighbourLists:
         expected, found = (_summed(*which.of(asked)) for which in (lists, packed))
         np.testing.assert_allclose(found, expected, atol=np.abs(weight).max() * 3 / 127)
         assert np.abs(expected).max() > 0.5
+
+    def test_numbers_take_16_bits_where_that_is_enough(self):
+        """The largest that fits, and one that does not."""
+        for largest, size in ((65535, 2), (65536, 4)):
+            numbers = Numbers(np.array([[0, 7], [32768, largest]]), "numbers")
+            numbers.pack()
+            assert numbers.rows(tf.constant([1, 0])).numpy().tolist() == [[32768, largest], [0, 7]]
+            assert numbers.variables[0].dtype.size == size
 
     def test_the_lightest_are_left_out(self):
         """Of weights 4, 3, 2, 1 the first two make up 7 of 10, and three are needed for .71."""
