@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from fusion.compression.base import Applied, Compressed, CompressionData, Method
 from fusion.compression.codebooks import coded_bytes
 from fusion.compression.measure import Measures, measure
 from fusion.config import Part
-from fusion.errors import ConfigError, EngineError, GateError
+from fusion.errors import ConfigError, DataError, EngineError, GateError, MachineError
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,13 @@ class Outcome:
         }
 
 
-def compress(
-    model: keras.Model,
-    steps: Sequence[Part],
-    data: CompressionData,
-    before: Measures | None = None,
-    on_step: Callable[[str], None] | None = None,
-) -> Outcome:
+def compress(model: keras.Model, steps: Sequence[Part], data: CompressionData) -> Outcome:
     """Applies the methods one after the other.
 
     Args:
         model: as `fusion.compression.base` describes it; it stays as it is.
         steps: methods with their settings.
         data: what they are applied with.
-        before: measures of the model, where they are known from another recipe.
-        on_step: called with the kind of each step before it begins.
 
     Raises:
         ConfigError, GateError: as the methods do; a GateError where one of them changed nothing, or the `.tflite`
@@ -93,12 +85,9 @@ def compress(
         raise ConfigError("a recipe must have at least one step; received none.")
     check_representative(data.representative)
     subject = Compressed(model)
-    if before is None:
-        before = measure(subject, data)[0]
+    before, _ = measure(subject, data)
     done = []
     for number, part in enumerate(steps):
-        if on_step:
-            on_step(part.kind)
         started = time.perf_counter()
         changed, applied = _apply(part, subject, data.for_step(number, part, subject.model))
         _check_changed(part, subject, changed, applied)
@@ -114,7 +103,10 @@ def _apply(part: Part, subject: Compressed, data: CompressionData) -> tuple[Comp
     try:
         changed, applied = method.apply(subject, data)
     except EngineError as error:
-        raise type(error)(f"{part.kind}: {error}") from error
+        kind = next(
+            kind for kind in (ConfigError, DataError, GateError, MachineError, EngineError) if isinstance(error, kind)
+        )
+        raise kind(f"{part.kind}: {error}") from error
     counted = changed.coded_bytes is not None and changed.coded_bytes == subject.coded_bytes
     if counted and not _same_weights(subject.model, changed.model):
         changed = replace(changed, coded_bytes=coded_bytes(changed.model, huffman=True))
