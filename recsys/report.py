@@ -38,7 +38,7 @@ def write_report(folder: str | Path, report: Mapping[str, Any], extras: ReportEx
     for name, figure in charts_of(report, extras).items():
         written[folder / "plots" / f"{name}.png"] = plots.as_png(figure)
         charts[name] = data_address("image/svg+xml", plots.as_svg(figure))
-    view = view_of(report, extras) | {"charts": charts, "compression": section(folder, report["primary_metric"])}
+    view = view_of(report, extras) | {"charts": charts, "compression": section(folder, extras.metric)}
     written[folder / "report.html"] = environment(html=True).get_template("report.html.j2").render(view)
     written[folder / "model_card.md"] = environment(html=False).get_template("model_card.md.j2").render(view)
     for path, content in written.items():

@@ -296,6 +296,7 @@ def test_a_model_without_anything_to_prune_is_refused(tmp_path):
             applied(method, tiny, data)
 
 
+@pytest.mark.slow
 def test_bert_is_pruned_with_its_own_layers(tmp_path):
     """K1, K12: embeddings and Dense layers of a transformer are pruned and trained; layers of our own stay whole."""
     folder = write_tiny_bert(tmp_path, hidden_size=16, intermediate_size=32, num_hidden_layers=1)

@@ -173,6 +173,7 @@ def test_indices_are_counted_in_bytes(clustered):
     assert compressed.coded_bytes == done.facts["coded_bytes"] == coded_bytes(compressed.model, huffman=True) < packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initialisation", ["linear", "density"])
 def test_each_channel_may_have_its_own_values(model, tmp_path, initialisation):
     """L6: values for each output channel of a convolution without bias, from other beginnings than k-means++."""
@@ -352,6 +353,7 @@ def table_data(folder, features, labels):
     )
 
 
+@pytest.mark.slow
 def test_dense_layers_of_bert_are_int8(tmp_path):
     """L3: all Dense kernels of a transformer, whose inputs have rank 3, and its words; the rest stays float."""
     config = {"init_from": str(write_tiny_bert(tmp_path, num_hidden_layers=1)), "max_tokens": 8, "fine_tune": "all"}
@@ -396,6 +398,7 @@ def tower_model() -> keras.Model:
     return keras.Model(numbers, layers.Dense(3, name="logits")(x), name="tower")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [[], ["narrow"]])
 def test_towers_of_dense_layers(tmp_path, chosen):
     """L3: activations that LiteRT does not fuse and a norm behind a Dense stay float beside int8 kernels, also of a

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from command_line import run_tool
+from fusion.compression import measure
 from fusion.config import parse
 from fusion.errors import ConfigError, GateError
 from fusion.export.litert import run as run_tflite
@@ -64,6 +65,15 @@ def made(config: dict[str, Any], root: Path) -> Run:
 
 def recipe(**settings: Any) -> Recipe:
     return parse(Recipe, settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_clocks():
+    """Latencies of a few calls: their size is not what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "LATENCY_SECONDS", 0.01)
+        patch.setattr(measure, "FEWEST_CALLS", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
