@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,14 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real data sets are not at {folder}; set FUSION_TEST_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def short_clocks() -> Iterator[None]:
+    """Latencies out of a few calls, for tests of what is compressed and not of how fast it is."""
+    from fusion.compression import measure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "LATENCY_SECONDS", 0.01)
+        patch.setattr(measure, "FEWEST_CALLS", 3)
+        yield

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from compression_world import digits, digits_data, trained_digits_model, with_dead_units, with_swish
-from fusion.compression import METHODS, measure
+from fusion.compression import METHODS
 from fusion.compression.base import Compressed, answer_of, input_names
 from fusion.compression.recipe import compress
 from fusion.config import parse_part
 from fusion.errors import ConfigError, DataError, GateError
+
+pytestmark = pytest.mark.usefixtures("short_clocks")
 
 SETTINGS = {
     "binary": {"training": {"epochs": 6, "batch_size": 32, "learning_rate": 0.005}},
@@ -32,15 +34,6 @@ LEAST = {
     "distil": 0.91,
 }
 """The least accuracy by kind, where it is not that of the model less .03: what is a baseline, or very coarse."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_clocks():
-    """Latencies of a few calls: their size is not what is tested here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "LATENCY_SECONDS", 0.01)
-        patch.setattr(measure, "FEWEST_CALLS", 3)
-        yield
 
 
 @pytest.fixture(scope="module")

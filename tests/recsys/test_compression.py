@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from command_line import run_tool
-from fusion.compression import measure
 from fusion.config import parse
 from fusion.errors import ConfigError, GateError
 from fusion.export.litert import run as run_tflite
@@ -21,6 +20,8 @@ from recsys.pipeline import run_experiment
 from recsys.recipes import BUILT_IN, Recipe, recipe_named
 from recsys.run import Run
 from recsys.settings import parse_experiment
+
+pytestmark = pytest.mark.usefixtures("short_clocks")
 
 TRAINING = {"epochs": 5, "batch_size": 32, "learning_rate": 0.02}
 CLASSES = {
@@ -65,15 +66,6 @@ def made(config: dict[str, Any], root: Path) -> Run:
 
 def recipe(**settings: Any) -> Recipe:
     return parse(Recipe, settings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_clocks():
-    """Latencies of a few calls: their size is not what is tested here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "LATENCY_SECONDS", 0.01)
-        patch.setattr(measure, "FEWEST_CALLS", 3)
-        yield
 
 
 @pytest.fixture(scope="module")
