@@ -262,7 +262,7 @@ def measure_factorisation(
 def user_and_item_vectors(member: Member, histories: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     """The vectors `[U, D]` and `[I, D]` whose products are the scores of a factorisation, users folded in."""
     scorer = member.scorer()
-    items = scorer.item_table.numpy()[: histories.shape[1]]
+    items = scorer.item_table.numpy()
     users = np.zeros((histories.shape[0], items.shape[1]), np.float32)
     fold_in = tf.function(scorer.user, input_signature=[tf.TensorSpec([None, None], tf.int32)])
     for numbers, history in blocks(histories, np.arange(histories.shape[0])):

@@ -245,19 +245,20 @@ class _FoldIn(tf.Module):
     def __init__(self, factors: np.ndarray, gram: np.ndarray, config: ImplicitALS.Config) -> None:
         super().__init__()
         self.items = len(factors)
-        self.item_table = Table(with_padding_row(factors), "ials_items")
+        self.history_table = Table(with_padding_row(factors), "ials_history")
+        self.item_table = Table(factors, "ials_items")
         self.gram = constant(gram, tf.float32, "ials_gram")
         self.config = config
 
     def user(self, history: tf.Tensor) -> tf.Tensor:
         """User vectors `[B, D]`."""
-        rows = self.item_table.rows(padded_numbers(history, self.items))  # [B, L, D]
+        rows = self.history_table.rows(padded_numbers(history, self.items))  # [B, L, D]
         length = tf.reduce_sum(tf.cast(history >= 0, tf.float32), axis=1)
         diagonal = self.gram + self.config.penalty(length, self.items)[:, None]
         return conjugate_gradients(rows, diagonal, self.config.conjugate_steps)
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        return self.item_table.dot(self.user(history))[:, : self.items]
+        return self.item_table.dot(self.user(history))
 
     def at(self, history: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """Scores of some items alone, `[B, N]` for item numbers `[B, N]`."""

@@ -41,7 +41,14 @@ def model(tmp_path_factory):
     return trained_digits_model(tmp_path_factory.mktemp("digits"))
 
 
-@pytest.fixture(scope="module", params=list(METHODS))
+SLOWLY = {"binary", "cluster", "distil", "gaussian", "l0", "prune_by_sensitivity", "ternary"}
+"""Methods that train for seconds; tests of their own hold them in the default run."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOWLY else []) for kind in METHODS],
+)
 def kind(request):
     return request.param
 

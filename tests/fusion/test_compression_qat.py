@@ -320,6 +320,7 @@ def test_zeros_and_shared_values_stay(chained):
     assert np.abs(trained - kernel_of(subject.get_layer("project")).numpy()).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_prune_cluster_quantise(model, tmp_path):
     """L12: the chain of the three methods, without a word passed between them: what the file holds in the end."""
     data = digits_data(tmp_path)
