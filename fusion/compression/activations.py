@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -58,8 +58,6 @@ class ClipActivations(Method):
 
     Layers with `activation="relu"` become the layer and a ReLU of the name `<layer>_relu`.
     """
-
-    trains: ClassVar[bool] = True
 
     class Config(FineTuned):
         """Settings of bounded activations."""
@@ -305,8 +303,6 @@ class SimpleActivations(Method):
     For hardware that has to reckon these: LiteRT on a CPU has GELU, LOGISTIC and TANH as operations, in int8 as tables,
     and was measured to be no faster without them.
     """
-
-    trains: ClassVar[bool] = True
 
     class Config(Settings):
         """Settings of simple activations."""

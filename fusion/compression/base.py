@@ -115,11 +115,9 @@ class Method(abc.ABC):
 
     Attributes:
         Config: the settings class.
-        trains: whether it takes steps on the training rows.
     """
 
     Config: ClassVar[type[Settings]]
-    trains: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -252,3 +250,8 @@ def check_representative(features: Features) -> None:
                 f"the representative set must hold finite numbers; input '{name}' has NaN or infinity in row {row}. "
                 "Leave such rows out."
             )
+
+
+def told(alone: Mapping[str, str]) -> str:
+    """Why layers were left alone, the first five of them, for a sentence."""
+    return "; ".join(f"{name} {reason}" for name, reason in list(alone.items())[:5])

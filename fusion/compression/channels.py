@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +21,7 @@ from fusion.compression.base import (
     Method,
     chosen_layers,
     inputs_of,
+    told,
 )
 from fusion.compression.masks import fine_tune_sparse
 from fusion.compression.surgery import Anatomy, Place, changed_layers, facts_of, rebuild
@@ -70,8 +71,6 @@ class Channels(Method):
         """Which layers lose channels that they make; a group is cut where all of its layers are among them. None: all
         that can."""
 
-    trains: ClassVar[bool] = True
-
     def apply(self, subject: Compressed, data: CompressionData) -> tuple[Compressed, Applied]:
         """The smaller model, fine-tuned. Raises as `Method.apply`."""
         model, alone, facts = self.cut(subject.model, data)
@@ -94,9 +93,9 @@ class Channels(Method):
                 reasons |= dict.fromkeys(group.units.tolist(), "keeps all of its channels at this ratio and multiple")
         alone = _left_alone(anatomy, kept, reasons)
         if kept.all():
-            told = "; ".join(f"{name} {reason}" for name, reason in list(alone.items())[:5])
+            why = told(alone)
             raise GateError(
-                f"channel pruning must find channels to cut; there are none ({told}). "
+                f"channel pruning must find channels to cut; there are none ({why}). "
                 "Raise ratio, lower multiple, or choose other layers."
             )
         smaller = rebuild(anatomy, kept)

@@ -25,6 +25,7 @@ from fusion.compression.base import (
     clone,
     fine_tune,
     kernel_of,
+    told,
 )
 from fusion.compression.codebooks import coded_bytes
 from fusion.compression.fake_quantization import SPARSE
@@ -43,8 +44,6 @@ class Cluster(Method):
 
     Kernels with zeros of an earlier step keep them: zero is one of their values.
     """
-
-    trains = True
 
     class Config(FineTuned):
         """Settings of clustering."""
@@ -65,7 +64,7 @@ class Cluster(Method):
     def apply(self, subject: Compressed, data: CompressionData) -> tuple[Compressed, Applied]:
         chosen, alone = chosen_layers(subject.model, self.config.layers, self._unable)
         if not chosen:
-            reasons = "; ".join(f"{name} {reason}" for name, reason in list(alone.items())[:5])
+            reasons = told(alone)
             raise GateError(
                 f"a model to be clustered must have a layer that fits; none of {len(alone)} with weights does "
                 f"({reasons or 'there are none'}). Choose other layers, or fewer clusters."

@@ -63,8 +63,6 @@ class Distillation(Method):
     A student minimises weight × L(teacher) + (1 − weight) × loss of the task + the terms whose weights are above 0.
     """
 
-    trains = True
-
     class Config(FineTuned):
         """Settings of distillation."""
 

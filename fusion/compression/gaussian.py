@@ -23,8 +23,6 @@ from fusion.training.trainer import TrainingSettings
 class Gaussian(Method):
     """Trains under a Gaussian prior over kernels, then makes zero what is small beside the rest of its kernel."""
 
-    trains = True
-
     class Config(FineTuned):
         """Settings of the prior and the threshold."""
 

@@ -46,8 +46,6 @@ far below the -2.4 at which inference takes 0 that no gradient comes through."""
 class L0(Method):
     """Trains kernels and their gates, then multiplies the gates into the kernels; no layer is added."""
 
-    trains = True
-
     class Config(FineTuned):
         """Settings of the gates."""
 

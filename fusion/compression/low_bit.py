@@ -6,9 +6,10 @@ The forward pass uses the projected kernel, the gradient moves a float kernel be
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from fusion.compression.base import (
     clone,
     fine_tune,
     kernel_of,
+    told,
 )
 from fusion.compression.codebooks import coded_bytes
 from fusion.errors import GateError
@@ -46,19 +48,18 @@ class LowBit(Method):
     """Projects kernels to few levels while it trains; subclasses say which."""
 
     Config = LowBitSettings
-    trains: ClassVar[bool] = True
 
     @staticmethod
+    @abc.abstractmethod
     def project(kernel: Any) -> Any:
         """A kernel `[..., channels]` in its levels."""
-        raise NotImplementedError
 
     def apply(self, subject: Compressed, data: CompressionData) -> tuple[Compressed, Applied]:
         """Fine-tunes with projected kernels and leaves them in plain layers; bytes are counted with codes of their
         levels, in Huffman's code where that is smaller."""
         chosen, alone = chosen_layers(subject.model, self.config.layers, self._why_not(subject.model))
         if not chosen:
-            reasons = "; ".join(f"{name} {why}" for name, why in list(alone.items())[:5])
+            reasons = told(alone)
             raise GateError(
                 "a model must have a Dense or convolution layer between its first and its last to have weights of few "
                 f"bits; this one has none ({reasons}). Name layers."

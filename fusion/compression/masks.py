@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from fusion.compat import keras, tf
-from fusion.compression.base import CompressionData, chosen_layers, clone, inputs_of, kernel_of
+from fusion.compression.base import CompressionData, chosen_layers, clone, inputs_of, kernel_of, told
 from fusion.errors import GateError
 from fusion.training.trainer import TrainingSettings, fit
 
@@ -26,7 +26,7 @@ def layers_to_prune(
     """`chosen_layers`, at least one. Raises GateError where there is none."""
     chosen, alone = chosen_layers(model, patterns, able)
     if not chosen:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in list(alone.items())[:5])
+        reasons = told(alone)
         raise GateError(
             f"a model to be pruned must have a layer that fits; none of {len(alone)} with weights does "
             f"({reasons or 'there are none'}). Choose other layers or settings."

@@ -60,8 +60,6 @@ class Prune(Method):
     any criterion has to beat.
     """
 
-    trains = True
-
     class Config(Settings):
         """Settings of pruning."""
 

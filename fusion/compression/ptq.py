@@ -25,6 +25,7 @@ from fusion.compression.base import (
     chosen_layers,
     inputs_of,
     kernel_of,
+    told,
 )
 from fusion.compression.measure import SIGNATURE, write_tflite
 from fusion.config import Settings
@@ -283,4 +284,4 @@ def _rows(model: keras.Model, data: CompressionData, count: int) -> Features:
 
 
 def _told(alone: dict[str, str]) -> str:
-    return "; ".join(f"{name} {reason}" for name, reason in list(alone.items())[:5]) or "the model has no weights"
+    return told(alone) or "the model has no weights"

@@ -64,8 +64,6 @@ class Qat(Method):
     statistics of BatchNormalization. Dropout is left out: rounding is noise enough.
     """
 
-    trains = True
-
     class Config(FineTuned):
         """Settings of quantisation-aware training."""
 

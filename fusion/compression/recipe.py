@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusion.compat import keras
-from fusion.compression.base import Applied, Compressed, CompressionData, Method, check_representative
+from fusion.compression.base import Applied, Compressed, CompressionData, Method, check_representative, told
 from fusion.compression.codebooks import coded_bytes
 from fusion.compression.measure import Measures, measure
 from fusion.config import Part
@@ -119,7 +119,7 @@ def _check_changed(part: Part, before: Compressed, after: Compressed, applied: A
     same_layers = _described(before.model) == _described(after.model)
     same_form = before.conversion == after.conversion and before.coded_bytes == after.coded_bytes
     if same_weights and same_layers and same_form:
-        alone = "; ".join(f"{name} {reason}" for name, reason in list(applied.left_alone.items())[:5])
+        alone = told(applied.left_alone)
         raise GateError(
             f"{part.kind} must make something of the model smaller; it changed nothing"
             f"{f' ({alone})' if alone else ''}. Leave it out, or choose other layers or settings."

@@ -38,8 +38,6 @@ class PruneBySensitivity(Method):
     lose no more than `max_drop`.
     """
 
-    trains = True
-
     class Config(Settings):
         """Settings of the scan."""
 

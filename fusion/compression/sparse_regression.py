@@ -33,8 +33,6 @@ class SparseRegression(Method):
     many minutes; `layers` leaves them out. The Lasso takes some ten times as long as matching pursuit.
     """
 
-    trains = True
-
     class Config(Settings):
         """Settings of the regression."""
 
