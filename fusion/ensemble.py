@@ -13,6 +13,7 @@ import numpy as np
 from fusion.compat import keras, tf
 from fusion.rules.base import Rule
 from fusion.submodels.base import Submodel
+from fusion.submodels.standardized import folded
 from fusion.types import Context, Features
 
 
@@ -89,13 +90,13 @@ class Ensemble:
         inputs: dict[str, Any] = {}
         logits = []
         for name, member in self.members.items():
-            own = {}
-            for tensor in member.model.inputs:
+            own, model = {}, folded(member.model)
+            for tensor in model.inputs:
                 feature = tensor.name.split(":")[0]
                 own[feature] = keras.Input(tensor.shape[1:], dtype=tensor.dtype, name=f"{name}_{feature}")
             inputs |= {f"{name}_{feature}": tensor for feature, tensor in own.items()}
             # Under the member's name: two members with encoders of one kind have models of one name.
-            renamed = keras.Model(member.model.inputs, member.model.output["logits"], name=name)
+            renamed = keras.Model(model.inputs, model.output["logits"], name=name)
             logits.append(renamed(own))
         mask = keras.Input((len(self.members),), dtype=tf.bool, name="mask")
         stacked = tf.stack(logits, axis=1)

@@ -15,6 +15,7 @@ from fusion.compression.codebooks import coded_bytes
 from fusion.compression.measure import Measures, measure
 from fusion.config import Part
 from fusion.errors import ConfigError, DataError, EngineError, GateError, MachineError
+from fusion.submodels.standardized import folded
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def compress(model: keras.Model, steps: Sequence[Part], data: CompressionData) -
     """Applies the methods one after the other.
 
     Args:
-        model: as `fusion.compression.base` describes it; it stays as it is.
+        model: as `fusion.compression.base` describes it; it stays as it is. Standardised kernels are folded first, or
+            what is set to zero would be moved again.
         steps: methods with their settings.
         data: what they are applied with.
 
@@ -84,7 +86,7 @@ def compress(model: keras.Model, steps: Sequence[Part], data: CompressionData) -
     if not steps:
         raise ConfigError("a recipe must have at least one step; received none.")
     check_representative(data.representative)
-    subject = Compressed(model)
+    subject = Compressed(folded(model))
     before, _ = measure(subject, data)
     done = []
     for number, part in enumerate(steps):
@@ -139,6 +141,6 @@ def _described(model: keras.Model) -> list[tuple[type, str]]:
 
 def untouched(model: keras.Model, data: CompressionData) -> Outcome:
     """A model that no method is applied to, measured like all others; its `.tflite` is in float32."""
-    subject = Compressed(model)
+    subject = Compressed(folded(model))
     found, tflite = measure(subject, data)
     return Outcome(subject, tflite, found, found, [])

@@ -1,8 +1,8 @@
 """Image networks by name: how each is built, scales its pixels and divides into blocks; no weights are fetched here.
 
-All but AlexNet are taken from `tf_keras.applications` as a drawing: it is read layer by layer, and each layer is made
-anew with a seed of its own (`network`). So a network is flat over our input whatever the family, and begins with our
-scaling instead of the several ways in which families do theirs.
+All but AlexNet and Big Transfer are taken from `tf_keras.applications` as a drawing: it is read layer by layer, and
+each layer is made anew with a seed of its own (`network`). So a network is flat over our input whatever the family, and
+begins with our scaling instead of the several ways in which families do theirs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusion.compat import keras, tf
+from fusion.submodels.standardized import GroupNormalization, StandardizedConv2D
 from fusion.types import derive_seed
 
 layers = keras.layers
@@ -30,6 +32,8 @@ class Family:
         ends: matches the names of the layers with which a block ends.
         smallest: the least side of an image in pixels.
         options: further arguments of the application.
+        units: of a Big Transfer network, the units of each of its blocks.
+        width: of such a network, what its channels are multiplied by.
     """
 
     application: str
@@ -37,10 +41,22 @@ class Family:
     ends: str
     smallest: int = 32
     options: dict[str, Any] = field(default_factory=dict)
+    units: tuple[int, ...] = ()
+    width: int = 1
+
+    def key(self, layer: str, weight: str) -> str:
+        """What a file calls a weight of a layer: Big Transfer's published files are read as they are."""
+        if not self.units:
+            return f"{layer}/{weight}"
+        return f"resnet/{_SLASH.sub('/', layer)}/{weight}"
 
 
+_SLASH = re.compile(r"_(?!block|norm|conv2d)")
+"""Where names of Big Transfer's layers have a slash in its files: `resnet/block1/unit01/a/group_norm/gamma`."""
 _RESNET = r"pool1_pool|conv\d_block\d+_out"
 _EFFICIENT = r"stem_activation|block\d[a-z]_(project_bn|add)"
+_BIG_TRANSFER = r"root_pool|(?!block4_unit03)block\d_unit\d+_add"
+"""The last block ends with the network, whose last layers normalise what it made."""
 _UNSCALED = {"include_preprocessing": False}
 
 FAMILIES: dict[str, Family] = {
@@ -66,6 +82,16 @@ FAMILIES: dict[str, Family] = {
     **{
         f"efficientnet_v2_b{size}": Family(f"EfficientNetV2B{size}", "torch", _EFFICIENT, options=_UNSCALED)
         for size in range(4)
+    },
+    **{
+        f"bit_r{depth}x{width}": Family("", "tf", _BIG_TRANSFER, units=units, width=width)
+        for depth, width, units in (
+            (50, 1, (3, 4, 6, 3)),
+            (50, 3, (3, 4, 6, 3)),
+            (101, 1, (3, 4, 23, 3)),
+            (101, 3, (3, 4, 23, 3)),
+            (152, 2, (3, 8, 36, 3)),
+        )
     },
     "nasnet_mobile": Family("NASNetMobile", "tf", r"(normal|reduction)_concat_\w+"),
 }
@@ -129,6 +155,8 @@ def network(name: str, image: Any, prefix: str, seed: int) -> dict[str, Any]:
 def drawing(name: str, size: int) -> tuple[Drawn, ...]:
     """The layers of a network without its classes as their authors built it, each after those that it reads."""
     family = FAMILIES[name]
+    if family.units:
+        return _big_transfer(family.units, family.width)
     if family.application:
         build = getattr(keras.applications, family.application)
         model = build(include_top=False, weights=None, input_shape=(size, size, 3), **family.options)
@@ -195,6 +223,8 @@ def _copy(drawn: Drawn, name: str, seed: int) -> keras.layers.Layer:
     if issubclass(drawn.kind, layers.BatchNormalization):
         # Copies on several devices share their statistics, so that these are of the whole batch.
         config["synchronized"] = tf.distribute.get_strategy().num_replicas_in_sync > 1
+    if issubclass(drawn.kind, GroupNormalization):
+        config["dtype"] = "float32"  # it would sum its squares in 16 bits
     return drawn.kind.from_config(config)
 
 
@@ -218,3 +248,59 @@ def _alexnet(size: int) -> keras.Model:
         if pooled:
             x = layers.MaxPooling2D(3, 2, name=f"block{number}_pool")(x)
     return keras.Model(image, x)
+
+
+def _big_transfer(units: Sequence[int], width: int) -> tuple[Drawn, ...]:
+    """Big Transfer (Kolesnikov et al. 2020, arXiv:1912.11370): a ResNet with pre-activation (He et al. 2016,
+    arXiv:1603.05027) whose strides are those of its 3x3 convolutions, with group normalisation and weight
+    standardisation in the place of batch normalisation.
+
+    It is drawn without being built: the larger ones hold gigabytes.
+
+    Args:
+        units: how many each block has.
+        width: what channels are multiplied by.
+    """
+    found = [Drawn("image", layers.InputLayer, {}, [], ())]
+
+    def add(layer: keras.layers.Layer, *reads: str, weights: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> str:
+        read = reads[0] if len(reads) == 1 else list(reads)
+        found.append(Drawn(layer.name, type(layer), layer.get_config(), read, weights))
+        return str(layer.name)
+
+    def padded(read: str, name: str) -> str:
+        return add(layers.ZeroPadding2D(1, name=f"{name}_pad"), read)
+
+    def convolution(read: str, name: str, reads: int, filters: int, size: int = 1, stride: int = 1) -> str:
+        even = "same" if stride == 1 else "valid"  # padding by strides is not what TensorFlow does: it is a layer
+        name = f"{name}_standardized_conv2d"
+        layer = StandardizedConv2D(filters, size, strides=stride, padding=even, use_bias=False, name=name)
+        return add(layer, read, weights=(("kernel", (size, size, reads, filters)),))
+
+    def active(read: str, name: str, channels: int) -> str:
+        layer = GroupNormalization(32, epsilon=1e-5, name=f"{name}group_norm")
+        normal = add(layer, read, weights=(("gamma", (channels,)), ("beta", (channels,))))
+        return add(layers.ReLU(name=f"{name}relu"), normal)
+
+    def unit(x: str, name: str, reads: int, middle: int, stride: int) -> str:
+        made = 4 * middle
+        start = active(x, f"{name}_a_", reads)
+        y = active(convolution(start, f"{name}_a", reads, middle), f"{name}_b_", middle)
+        y = padded(y, f"{name}_b") if stride > 1 else y
+        y = active(convolution(y, f"{name}_b", middle, middle, 3, stride), f"{name}_c_", middle)
+        if stride > 1 or reads != made:
+            x = convolution(start, f"{name}_a_proj", reads, made, 1, stride)
+        return add(layers.Add(name=f"{name}_add"), x, convolution(y, f"{name}_c", middle, made))
+
+    channels = 64 * width
+    x = add(layers.ZeroPadding2D(3, name="root_pad"), "image")
+    x = padded(convolution(x, "root_block", 3, channels, 7, 2), "root_pool")
+    x = add(layers.MaxPooling2D(3, 2, name="root_pool"), x)
+    for block, count in enumerate(units):
+        middle = 64 * width * 2**block
+        for number in range(count):
+            stride = 2 if block and not number else 1
+            x = unit(x, f"block{block + 1}_unit{number + 1:02d}", channels, middle, stride)
+            channels = 4 * middle
+    active(x, "", channels)
+    return tuple(found)

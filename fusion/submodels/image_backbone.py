@@ -5,7 +5,8 @@ Nothing is fetched from a network. Where there is one, weights are written into 
     model = tf_keras.applications.ResNet50(include_top=False, weights="imagenet")
     sha256 = write_weights("resnet50", model, "resnet50.npz")
 
-and `weights: resnet50.npz` with `sha256` stands in the config.
+and `weights: resnet50.npz` with `sha256` stands in the config. The `.npz` files that Big Transfer was published in
+(github.com/google-research/big_transfer, such as BiT-M-R50x1.npz for `bit_r50x1`) are read as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Backbone(Settings):
     name: str
     """Which network: resnet50, densenet121, mobilenet_v2, ..."""
     weights: str = NONE
-    """Where training starts: an `.npz` file that `write_weights` wrote, or `none` for random weights."""
+    """Where training starts: an `.npz` file that `write_weights` wrote, or Big Transfer's as it was published; `none`
+    for random weights."""
     sha256: str = pydantic.Field("", pattern="^([0-9a-f]{64})?$")
     """Of the file of weights; it is checked before the file is read."""
     layers: LayerNames = ()
@@ -181,7 +183,7 @@ def write_weights(name: str, model: keras.Model, path: str | Path) -> str:
                 f"{(theirs or ours).name}; received {received}. Make it by keras.applications with include_top=False."
             )
         for (weight, _), array in zip(ours.weights, theirs.get_weights(), strict=True):
-            arrays[f"{ours.name}/{weight}"] = array
+            arrays[FAMILIES[name].key(ours.name, weight)] = array
     save_arrays(path, arrays)
     return sha256_of(path)
 
@@ -197,12 +199,13 @@ def _load(of_one: list[keras.layers.Layer], backbone: Backbone, prefix: str) -> 
             "The file is damaged or another one: copy it again, or set sha256 if it is meant."
         )
     arrays = load_arrays(path)
-    turned = FAMILIES[backbone.name].scaling == "caffe"
+    family = FAMILIES[backbone.name]
+    turned = family.scaling == "caffe"
     for layer in of_one:
         if not layer.weights:
             continue
         read = [
-            _array(arrays, f"{layer.name.removeprefix(prefix)}/{weight_name(weight)}", weight, path)
+            _array(arrays, family.key(layer.name.removeprefix(prefix), weight_name(weight)), weight, path)
             for weight in layer.weights
         ]
         if turned:  # the first kernel: from blue, green, red to red, green, blue

@@ -55,8 +55,14 @@ PUBLISHED = {
     "efficientnet_v2_b2": 10_178_374,
     "efficientnet_v2_b3": 14_467_622,
     "nasnet_mobile": 5_326_716,
+    "bit_r50x1": 25_549_352,
+    "bit_r50x3": 217_319_080,
+    "bit_r101x1": 44_541_480,
+    "bit_r101x3": 387_934_888,
+    "bit_r152x2": 236_335_208,
 }
-"""Parameters with 1000 classes: tf_keras' documentation, and torchvision's for AlexNet."""
+"""Parameters with 1000 classes: tf_keras' documentation, and torchvision's for AlexNet; Big Transfer: see
+test_big_transfer.py."""
 
 ONE_OF_EACH = [
     "vgg16",
