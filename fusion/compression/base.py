@@ -140,20 +140,22 @@ class FineTuned(Settings):
 
 
 def fine_tune(model: keras.Model, data: CompressionData, training: TrainingSettings) -> None:
-    """Trains `model` in place for all epochs of `training`; nothing is validated, so that the last one is kept.
-
-    All of it is trained, also where the member was frozen: what was taken from a layer can be made up for by any other.
-    Only a frozen BatchNormalization keeps its statistics.
-    """
-    kept = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization) and not x.trainable]
-    model.trainable = True  # and with it every layer
-    for layer in kept:
-        layer.trainable = False
+    """Trains `model` in place for all epochs of `training`; nothing is validated, so that the last one is kept."""
+    unfreeze(model)
 
     def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         return data.loss(model(inputs_of(model, batch), training=True), batch)
 
     fit(model, loss, data.rows, training, data.options, None)
+
+
+def unfreeze(model: keras.Model) -> None:
+    """Has all of a model trained, also where the member was frozen: what was taken from a layer can be made up for by
+    any other. Only a frozen BatchNormalization keeps its statistics."""
+    kept = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization) and not x.trainable]
+    model.trainable = True  # and with it every layer
+    for layer in kept:
+        layer.trainable = False
 
 
 def inputs_of(model: keras.Model, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fusion.compression.base import (
     clone,
     inputs_of,
     kernel_of,
+    unfreeze,
 )
 from fusion.compression.masks import kernels_of, layers_to_prune, sparsity_facts
 from fusion.errors import GateError
@@ -97,6 +98,7 @@ class L0(Method):
 
     def _train(self, model: keras.Model, gates: list[HardConcrete], data: CompressionData) -> None:
         training, penalty = self.config.training, self.config.penalty
+        unfreeze(model)
 
         def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
             return data.loss(model(inputs_of(model, batch), training=True), batch) + penalty * _share_open(gates)

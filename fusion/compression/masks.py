@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from fusion.compat import keras, tf
-from fusion.compression.base import CompressionData, chosen_layers, clone, inputs_of, kernel_of, told
+from fusion.compression.base import CompressionData, chosen_layers, clone, inputs_of, kernel_of, told, unfreeze
 from fusion.errors import GateError
 from fusion.training.trainer import TrainingSettings, fit
 
@@ -86,6 +86,7 @@ def fine_tune_sparse(
         training: how.
         penalty: a scalar that is added to the mean loss of each step.
     """
+    unfreeze(model)
     kernels = [kernel for layer in model.layers if (kernel := kernel_of(layer)) is not None and zeros_in(kernel)]
     masks = [tf.constant(kernel.numpy() != 0, kernel.dtype) for kernel in kernels]
 

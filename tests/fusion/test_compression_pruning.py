@@ -490,7 +490,8 @@ def test_regression_reconstructs_better_than_magnitude(residual):
     assert data.quality(answer_of(fitted)) < 0.7 * data.quality(answer_of(halved))
 
 
-def test_a_frozen_network_is_trained_too(tmp_path):
+@pytest.mark.parametrize("train", [fine_tune, fine_tune_sparse])
+def test_a_frozen_network_is_trained_too(tmp_path, train):
     """K1: what a step takes from a frozen encoder is made up for; its normalisation keeps its statistics."""
     image = layers.Input((8, 8, 1), name="image")
     normed = layers.BatchNormalization(name="bn")(layers.Conv2D(4, 3, name="conv")(image))
@@ -500,7 +501,7 @@ def test_a_frozen_network_is_trained_too(tmp_path):
     random = np.random.default_rng(0)
     images, targets = random.normal(size=(16, 8, 8, 1)), random.normal(size=(16, 144))
     data = small_data(tmp_path, {"image": images.astype(np.float32)}, targets.astype(np.float32))
-    fine_tune(model, data, TrainingSettings(epochs=1, batch_size=8))
+    train(model, data, TrainingSettings(epochs=1, batch_size=8))
     assert np.abs(model.get_layer("conv").get_weights()[0] - before["conv"][0]).max() > 0
     for ours, kept in zip(model.get_layer("bn").get_weights(), before["bn"], strict=True):
         np.testing.assert_array_equal(ours, kept)
