@@ -122,7 +122,11 @@ class RankingCore(tf.Module):
         self.rule = rule
 
     def __call__(self, history: tf.Tensor) -> tf.Tensor:
-        return self.rule.fuse(*self.said(history))
+        return self.fused(self.said(history))
+
+    def fused(self, said: Said) -> tf.Tensor:
+        """Fused scores `[B, I]` of what the rule hears."""
+        return self.rule.fuse(*said)
 
     def said(self, history: tf.Tensor, *, personal: bool = False) -> Said:
         """What the rule hears; `personal` leaves out the members that say the same to everybody."""

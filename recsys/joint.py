@@ -27,12 +27,12 @@ from fusion.training.batches import Rows
 from fusion.training.conflict import Conflict
 from fusion.training.joint import JointSettings, check_shares
 from fusion.training.optimizers import Group, OptimizerSettings, apart
-from fusion.training.strategy import all_replicas, scope
+from fusion.training.strategy import StrategySettings, all_replicas, check_training, scope
 from fusion.training.trainer import LoopSettings, fit
 from fusion.types import Features, History, RunOptions, derive_seed
 from recsys.collaborative.base import PADDING, TrainingData, constant
 from recsys.collaborative.content import share_encoders
-from recsys.collaborative.pairs import NEVER, HistoryPairs, TowerMember, Towers, in_batch_cross_entropy
+from recsys.collaborative.pairs import NEVER, HistoryPairs, TowerMember, Towers, in_batch_cross_entropy, products
 from recsys.core import MemberScores, RankingCore
 from recsys.joint_constants import Constants
 from recsys.metrics import parse_metric
@@ -89,6 +89,21 @@ def check_joint(members: Mapping[str, Part], settings: JointTraining) -> None:
             )
 
 
+def check_joint_loop(members: Mapping[str, Part], settings: JointTraining, strategy: StrategySettings) -> None:
+    """Raises ConfigError for keys of the loop that one of the members trained together, a constant or the strategy
+    cannot do."""
+    for name, part in together(members, settings).items():
+        try:
+            check_training(settings, part.registry[part.kind].accelerations, strategy)
+        except ConfigError as error:
+            raise ConfigError(f"training.mode joint with members.{name}, of kind {part.kind}: {error}") from None
+    if settings.xla and settings.constants:
+        raise ConfigError(
+            "training.xla must be left out with training.constants, whose scorers XLA does not compile; received "
+            f"{', '.join(settings.constants)}. Leave one of the two out."
+        )
+
+
 def train_jointly(
     members: Mapping[str, TowerMember],
     settings: JointTraining,
@@ -108,7 +123,7 @@ def train_jointly(
     """
     share_encoders(members, data)
     towers = {
-        name: member.towers(data, replace(options, directory=options.directory / name))
+        name: member.towers(data, replace(options, directory=options.directory / name), settings.precision)
         for name, member in members.items()
     }
     speaks = np.stack([member.speaks for member in members.values()])
@@ -257,7 +272,7 @@ class JointModel(keras.Model):
         for name, model, temperature in zip(self.names, self.parts, self.temperatures, strict=False):
             own = {key.removeprefix(f"{name}/"): tensor for key, tensor in batch.items()}
             vectors = model({key: own[key] for key in model.input_names}, training=training)
-            scores.append(_products(vectors["user"], gathered(vectors["item"])) / temperature)
+            scores.append(products(vectors["user"], gathered(vectors["item"])) / temperature)
         heard = tf.gather(self.speaks, candidates["target"], axis=1)
         speaks = tf.tile(heard[None], [tf.shape(batch["target"])[0], 1, 1])
         if self.constants is not None:
@@ -315,12 +330,6 @@ def _in_batch(
     """The loss `[b]` over the candidates that are heard of, `[b, C]`; 0 for a target that is not."""
     losses = in_batch_cross_entropy(scores + NEVER * (1.0 - heard), batch["target"], candidates)
     return losses * tf.linalg.diag_part(heard[:, : tf.shape(heard)[0]])
-
-
-def _products(user: tf.Tensor, item: tf.Tensor) -> tf.Tensor:
-    """Scores `[b, C]` of users `[b, D]`, or of the best of their vectors `[b, K, D]`, with items `[C, D]`."""
-    users = user[:, None] if user.shape.rank == 2 else user
-    return tf.reduce_max(tf.tensordot(users, item, [[2], [1]]), axis=1)
 
 
 def _standardised(scores: tf.Tensor, speaks: tf.Tensor) -> tf.Tensor:

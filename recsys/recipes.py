@@ -66,6 +66,12 @@ class Recipe(Settings):
                 raise ConfigError(
                     f"max_drop must name metrics of the run; received '{metric}': {nearest(metric, metrics)}"
                 )
+        for what, training in self._loops():
+            if training.precision != "float32":
+                raise ConfigError(
+                    f"{what}: training.precision must be float32 in a recipe, which works on the numbers that are "
+                    f"served; received {training.precision}. Leave it out."
+                )
         if not isinstance(self.student, str):
             if self.steps or self.members:
                 raise ConfigError("a ranking's student must stand without steps: no member is left to be made smaller.")
@@ -80,6 +86,13 @@ class Recipe(Settings):
             )
         if not self.steps and not any(self.members.values()) and self.tables is None:
             raise ConfigError("a recipe must have steps, for all members or for some, or pack tables; received none.")
+
+    def _loops(self) -> list[tuple[str, Any]]:
+        """The settings of all training loops, and whose they are."""
+        parts = [*self.steps, *(part for steps in self.members.values() for part in steps)]
+        found = [(part.kind, getattr(part.config, "training", None)) for part in parts]
+        found += [] if isinstance(self.student, str) else [("student", self.student.training)]
+        return [(what, training) for what, training in found if training is not None]
 
 
 BUILT_IN: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from recsys.collaborative import MEMBERS
 from recsys.copies import SoupSettings, check_soups, expand_copies
 from recsys.core import CONTEXT
 from recsys.datasets import READERS
-from recsys.joint import JointTraining, check_joint
+from recsys.joint import JointTraining, check_joint, check_joint_loop
 from recsys.metrics import parse_metric
 from recsys.presets import with_preset
 from recsys.ranking_student import StudentSettings
@@ -97,6 +97,8 @@ class ExportSettings(Settings):
     """Rankings: longest side, in pixels, of the small pictures of items that the server's page shows; 0 writes none."""
     search: bool = True
     """Rankings: keep what searching items by an example needs also of members that are left out of the artifact."""
+    spare_items: int = Field(0, ge=0, le=10_000)
+    """Rankings: how many new items a server may add by their text and image, without training, to one version."""
     tflite: bool = True
     """Also write the core as a .tflite."""
     recipe: str = ""
@@ -208,11 +210,9 @@ class Experiment(Settings):
         for name, member in self.members.items():  # type: ignore[attr-defined]
             try:
                 member.registry[member.kind].check(member.config)
-                if hasattr(member.config, "training"):
-                    tuning = getattr(member.config, "fine_tuning", member.config)
-                    for training in (member.config.training, tuning.training):
-                        check_batch(training.batch_size, self.strategy, training.accumulate)
-                        check_training(training, member.registry[member.kind].accelerations, self.strategy)
+                for training in _loops_of(member.config):
+                    check_batch(training.batch_size, self.strategy, training.accumulate)
+                    check_training(training, member.registry[member.kind].accelerations, self.strategy)
             except ConfigError as error:
                 raise ConfigError(f"members.{name}: {error}") from None
         for name, recipe in self.compress.items():
@@ -270,7 +270,17 @@ class Experiment(Settings):
                 "multi_worker); received strategy.kind parameter_server. Take one of these, or mode separate."
             )
         check_batch(training.batch_size, self.strategy)
+        self._check_joint_keys(training)
+
+    def _check_joint_keys(self, training: Any) -> None:
+        """Raises ConfigError for keys of the loop that members cannot be trained together with."""
         check_training(training, (), self.strategy)
+
+
+def _loops_of(config: Any) -> list[Any]:
+    """The settings of all training loops of a member: its own, and those of an encoder or of a first stage."""
+    parts = (config, *(getattr(config, name, None) for name in ("fine_tuning", "towers")))
+    return [part.training for part in parts if hasattr(part, "training")]
 
 
 _ONE_PROCESS = {
@@ -340,10 +350,25 @@ class RecommendationExperiment(Experiment):
             )
         check_joint(self.members, self.training)
         self._check_joint_loop()
+        self._check_precision()
         for name, grid in self.tuning.items():
             if name not in self.members:
                 raise ConfigError(f"tuning names the unknown member '{name}': {nearest(name, self.members)}")
             check_grid(name, self.members[name], grid)
+
+    def _check_joint_keys(self, training: Any) -> None:
+        check_joint_loop(self.members, training, self.strategy)
+
+    def _check_precision(self) -> None:
+        """Raises ConfigError for mixed precision with servers: what is kept is made by a float32 copy of a model, which
+        has its tables whole."""
+        for name, member in self.members.items():
+            found = {training.precision for training in _loops_of(member.config)} - {"float32"}
+            if found and self.strategy.kind == "parameter_server":
+                raise ConfigError(
+                    f"members.{name}: training.precision must be float32 with strategy.kind parameter_server where "
+                    f"items are ranked; received {found.pop()}. Leave it out, or take another strategy."
+                )
 
     def _task_metrics(self) -> tuple[str, ...]:
         return RANKING_METRICS

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
-from fusion.compat import keras
+from fusion.compat import keras, tf
 
 Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
@@ -24,3 +24,19 @@ def precision_scope(precision: Precision) -> Iterator[None]:
         yield
     finally:
         keras.mixed_precision.set_global_policy(before)
+
+
+def narrow(values: Any) -> Any:
+    """Values in the type that layers reckon in where this is called: what they are multiplied with then comes in that
+    type as well. Themselves where that is float32."""
+    return _cast(values, keras.mixed_precision.global_policy().compute_dtype)
+
+
+def wide(values: Any) -> Any:
+    """Values in float32, as sums, norms, softmax and losses need them: a sum in float16 stands still at 2048, and the
+    square of a small number is 0."""
+    return _cast(values, "float32")
+
+
+def _cast(values: Any, dtype: str) -> Any:
+    return values if values.dtype == dtype else tf.cast(values, dtype)

@@ -7,6 +7,7 @@ is the only thing a scorer reads, so nothing has to be trained for a new user (f
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -84,8 +85,8 @@ class Member(abc.ABC):
     """Whether `state` holds what a gradient trained, or numbers linear in it, so that the mean of the states of copies
     is the state of the mean, see `recsys.soups`."""
     accelerations: ClassVar[tuple[str, ...]] = ("xla",)
-    """Keys of the training loop that may be set, see `fusion.training.strategy.check_training`: tables gain nothing
-    from 16 bits, and a loss with negatives out of the batch needs the whole of it."""
+    """Keys of the training loop that may be set, see `fusion.training.strategy.check_training`; `accumulate` is seldom
+    among them, for a loss with negatives out of the batch needs the whole of it."""
 
     def __init__(self, config: Any, seed: int = 0) -> None:
         self.config = config
@@ -127,6 +128,11 @@ class Member(abc.ABC):
     def scorer(self) -> tf.Module:
         """A module that maps histories int32 `[B, L]` (padded with -1) to scores float32 `[B, I]`."""
 
+    def growing(self, spare: int) -> GrowingScorer | None:
+        """The scorer with `spare` rows behind the catalogue for items that come later; None where the member cannot say
+        anything about an item that it was not fitted with."""
+        return None
+
     def contents(self) -> dict[str, Any]:
         """What the member read of the items, by name (`recsys.collaborative.content.Contents`): the artifact exports
         the encoders, and searches what they made by example."""
@@ -136,6 +142,43 @@ class Member(abc.ABC):
     def parameters(self) -> int:
         """How many numbers the scorer holds."""
         return int(sum(array.size for array in self.state().values() if array.dtype.kind == "f"))
+
+
+class GrowingScorer(tf.Module):
+    """A scorer over the I items of a catalogue and N spare rows behind them, which new items take: histories int32
+    `[B, L]` (padded with -1) -> scores float32 `[B, I + N]`."""
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        raise NotImplementedError
+
+    def add(self, numbers: tf.Tensor, embeddings: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Gives new items the rows of these numbers.
+
+        Args:
+            numbers: int32 `[n]`, all different, from I on.
+            embeddings: by the name that `contents` gives them, float32 `[n, D]` of unit length, 0 of items without
+                such content.
+
+        Returns:
+            bool `[n]`, about which of them the member can say something.
+        """
+        raise NotImplementedError
+
+
+class SettledScorer(GrowingScorer):
+    """The scorer of a member that knows the items it was fitted with alone: it is silent about new ones and passes
+    over those in histories."""
+
+    def __init__(self, scorer: tf.Module, items: int, spare: int) -> None:
+        super().__init__()
+        self.scorer, self.items, self.spare = scorer, items, spare
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        scores = self.scorer(tf.where(history < self.items, history, PADDING))
+        return tf.pad(scores, [[0, 0], [0, self.spare]])
+
+    def add(self, numbers: tf.Tensor, embeddings: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        return tf.zeros(tf.shape(numbers), tf.bool)
 
 
 def constant(values: np.ndarray, dtype: Any = None, name: str | None = None) -> tf.Variable:

@@ -28,13 +28,17 @@ from fusion.submodels import SUBMODELS
 from fusion.submodels.base import has_trunk
 from fusion.submodels.warm_start import WarmStart
 from fusion.training.optimizers import Group
+from fusion.training.precision import Precision, narrow, wide
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, History, RunOptions, derive_seed
 from recsys.cells import read_cells
-from recsys.collaborative.base import Decay, EmbeddingScorer, TrainingData
+from recsys.collaborative.base import Decay, EmbeddingScorer, GrowingScorer, TrainingData, constant
 from recsys.collaborative.pairs import Pairs, TowerMember, Towers, in_batch_softmax, train_towers
 from recsys.schema import IMAGE
+
+CONTENT = "item"
+"""Name of the one content of a content member."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,15 @@ class Content(TowerMember):
         self.encoder = config.encoder.make(derive_seed(seed, "encoder"))
         self.adapted = False
         """Whether the encoder knows training values already, because it is shared."""
+        self.copies: dict[Precision, Any] = {}
+        """Of the encoder, those that are trained in mixed precision; shared as the encoder is."""
         self.start: WarmStart | None = None
         self.projection: np.ndarray | None = None
         """`[D, d]`, from embeddings to the vectors of candidates; None for plain cosines, and for members that were
         fitted by older code."""
+        self.history_projection: np.ndarray | None = None
+        """`[D, d]`, from embeddings to the vectors of items in histories; None as well where histories were projected
+        out of other embeddings than the table's."""
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -143,23 +152,23 @@ class Content(TowerMember):
             self.tables = self.table, self.table
             return History(stopped="nothing to train")
         matrix = self._embeddable(data)
-        with scope(options):
+        with scope(options, self.config.training.precision):
             self.model = self._build(matrix)
         history = train_towers(self.model, self._scorer_now, data, Pairs(matrix), self.config, options)
         self._keep(self.table)
         return history
 
-    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
+    def towers(self, data: TrainingData, options: RunOptions, precision: Precision = "float32") -> Towers:
         """An encoder that is trained embeds the targets; histories keep the embeddings that it started with."""
         values, name = self._read(data), options.directory.name
         if self.encoder.frozen:
             self.table = embedding_table(self.encoder, values, self.speaks, data, options, name)
             part = None
         else:
-            part = TrainedPart(self.encoder, values, self.speaks, data, options)
+            part = TrainedPart(self.encoder, values, self.speaks, data, options, precision, self.copies)
             self.table = part.table()
         first, matrix = self.table, self._embeddable(data)
-        with scope(options):
+        with scope(options, precision):
             self.model = self._build(matrix, part)
         tuned = part.model.trainable_variables if part else []
         known = {id(variable) for variable in tuned}
@@ -198,8 +207,9 @@ class Content(TowerMember):
         dimensions = min(self.config.dimensions, width)
         user = keras.Input((), dtype=tf.int32, name="user")
         target = keras.Input((), dtype=tf.int32, name="target")
-        rows = keras.layers.Embedding(items, width, trainable=False, name="embeddings")
-        sums = keras.layers.Embedding(matrix.shape[0], width, trainable=False, name="history_sums")
+        fixed = {"trainable": False, "dtype": "float32"}
+        rows = keras.layers.Embedding(items, width, name="embeddings", **fixed)
+        sums = keras.layers.Embedding(matrix.shape[0], width, name="history_sums", **fixed)
         own = rows(target)
         history = tf.math.l2_normalize(sums(user) - own, axis=-1)
         inputs = {"user": user, "target": target}
@@ -223,7 +233,8 @@ class Content(TowerMember):
     def _project(self, vectors: tf.Tensor, dimensions: int, name: str) -> tf.Tensor:
         seed = derive_seed(self.seed, "dropout", name)
         kept = keras.layers.Dropout(self.config.dropout, rng_type="stateful", force_generator=True, seed=seed)(vectors)
-        return tf.math.l2_normalize(keras.layers.Dense(dimensions, use_bias=False, name=name)(kept), axis=-1)
+        projected = wide(keras.layers.Dense(dimensions, use_bias=False, name=name)(kept))
+        return narrow(tf.math.l2_normalize(projected, axis=-1))
 
     def _tables(self, of_histories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The projected rows of items in histories, out of these embeddings, and of candidates, out of `table`."""
@@ -233,6 +244,8 @@ class Content(TowerMember):
 
     def _keep(self, of_histories: np.ndarray) -> None:
         self.projection = self.model.get_layer("item_projection").get_weights()[0]
+        if of_histories is self.table:
+            self.history_projection = self.model.get_layer("history_projection").get_weights()[0]
         self.tables = self._tables(of_histories)
 
     def _scorer_now(self) -> tf.Module:
@@ -243,7 +256,8 @@ class Content(TowerMember):
         """Trains the encoder so that items taken by the same user lie close to each other; returns their table."""
         from fusion.training.trainer import fit
 
-        part = TrainedPart(self.encoder, values, available, data, options)
+        precision = self.config.fine_tuning.training.precision
+        part = TrainedPart(self.encoder, values, available, data, options, precision, self.copies)
         first, second = _pairs_of_items(data.matrix, available, self.config.fine_tuning.pairs, self.seed)
         weight = data.counts / max(data.counts.sum(), 1)
 
@@ -273,6 +287,8 @@ class Content(TowerMember):
             adapted |= {f"weights/{number:04d}": weight for number, weight in enumerate(weights)}
         if self.projection is not None:
             adapted["item_projection"] = self.projection
+        if self.history_projection is not None:
+            adapted["history_projection"] = self.history_projection
         return {
             "embeddings": self.table,
             "history_table": self.tables[0],
@@ -284,7 +300,7 @@ class Content(TowerMember):
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         self.table, self.speaks = state["embeddings"], state["speaks"]
         self.tables = state["history_table"], state["item_table"]
-        self.projection = state.get("item_projection")
+        self.projection, self.history_projection = state.get("item_projection"), state.get("history_projection")
         prefix = "encoder/"
         self.encoder.load_state({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
         weights = [state[name] for name in sorted(state) if name.startswith("weights/")]
@@ -326,14 +342,61 @@ class Content(TowerMember):
             return other
         if self.projection is None:
             raise DataError("a member must keep its projection to be given other embeddings; train it again.")
-        of_histories = np.linalg.lstsq(self.table[self.speaks], self.tables[0][self.speaks], rcond=None)[0]
         item = table @ self.projection
         item /= np.maximum(np.linalg.norm(item, axis=1, keepdims=True), 1e-12)
-        other.tables = (table @ of_histories).astype(np.float32), item
+        other.tables = (table @ self._projection_read_off()).astype(np.float32), item
+        other.history_projection = None  # the new tables were read off
         return other
 
+    def _projection_read_off(self) -> np.ndarray:
+        """`[D, d]`: what comes nearest, over the catalogue, to projecting embeddings to the vectors of histories."""
+        matrix: np.ndarray = np.linalg.lstsq(self.table[self.speaks], self.tables[0][self.speaks], rcond=None)[0]
+        return matrix.astype(np.float32)
+
+    def growing(self, spare: int) -> GrowingScorer | None:
+        if self.config.scorer == "cosine":
+            return GrowingContent(self.tables, spare, None, self.config.decay)
+        if self.projection is None:  # fitted by older code
+            return None
+        of_histories = self._projection_read_off() if self.history_projection is None else self.history_projection
+        return GrowingContent(self.tables, spare, (of_histories, self.projection), self.config.decay)
+
     def contents(self) -> dict[str, Contents]:
-        return {"item": Contents(self.encoder, self.config.columns, self.table, self.speaks)}
+        return {CONTENT: Contents(self.encoder, self.config.columns, self.table, self.speaks)}
+
+
+class GrowingContent(GrowingScorer):
+    """The scorer of a content member, for whose new items an embedding is all that it takes.
+
+    Args:
+        tables: float32 `[I, d]` of items in histories, and of candidates.
+        spare: rows behind them.
+        projections: `[D, d]` from embeddings to either; None where the tables hold the embeddings.
+        decay: of histories.
+    """
+
+    def __init__(
+        self,
+        tables: tuple[np.ndarray, np.ndarray],
+        spare: int,
+        projections: tuple[np.ndarray, np.ndarray] | None,
+        decay: float,
+    ) -> None:
+        super().__init__()
+        self.scorer = EmbeddingScorer(*(np.pad(t, [(0, spare), (0, 0)]) for t in tables), unit=True, decay=decay)
+        names = ("new_item_history_projection", "new_item_projection")
+        self.projections = [constant(m, tf.float32, n) for m, n in zip(projections or (), names, strict=False)]
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        return self.scorer(history)
+
+    def add(self, numbers: tf.Tensor, embeddings: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        embedding = embeddings[CONTENT]
+        of_history, of_candidate = [embedding @ matrix for matrix in self.projections] or (embedding, embedding)
+        length = tf.norm(of_candidate, axis=1, keepdims=True)
+        self.scorer.history_table.write(numbers, of_history)
+        self.scorer.item_table.write(numbers, of_candidate / tf.maximum(length, 1e-12))
+        return tf.reduce_any(embedding != 0.0, axis=1)
 
 
 def share_encoders(members: Mapping[str, Any], data: TrainingData) -> None:
@@ -348,7 +411,7 @@ def share_encoders(members: Mapping[str, Any], data: TrainingData) -> None:
         read = [read_content(encoder, member.config.columns, data) for member in group]
         encoder.adapt_to(concatenate([_of_training(values, speaks, data) for values, speaks in read]))
         for member in group:
-            member.encoder, member.adapted = encoder, True
+            member.encoder, member.adapted, member.copies = encoder, True, group[0].copies
 
 
 def _of_training(values: Any, available: np.ndarray, data: TrainingData) -> Any:
@@ -396,21 +459,33 @@ def unit_table(vectors: np.ndarray, available: np.ndarray) -> np.ndarray:
 class TrainedPart:
     """What is trained of an encoder: a model, what it reads of an item, and the table of all items.
 
-    Where some blocks are frozen they run once over the catalogue, and the model begins after them.
+    Where some blocks are frozen they run once over the catalogue, and the model begins after them. In mixed precision
+    a copy of the encoder is trained, whose weights the encoder takes over for the table: trunk and table are float32.
 
     Attributes:
         model: inputs by name -> embedding `[B, D]`.
     """
 
     def __init__(
-        self, encoder: Any, values: Any, available: np.ndarray, data: TrainingData, options: RunOptions
+        self,
+        encoder: Any,
+        values: Any,
+        available: np.ndarray,
+        data: TrainingData,
+        options: RunOptions,
+        precision: Precision,
+        copies: dict[Precision, Any],
     ) -> None:
-        self._encoder, self._available = encoder, available
+        self._encoder = self._trained = encoder
+        self._available = available
         self._values = take(values, np.flatnonzero(available))
         self._row = np.cumsum(available) - 1  # of an available item among them
         with scope(options):
             encoder.unfreeze()
-            self.model = encoder.top() if has_trunk(encoder) else encoder.encoder()
+        with scope(options, precision):
+            if precision != "float32":
+                self._trained = copies[precision] = copies.get(precision) or _copy_of(encoder)
+            self.model = self._trained.top() if has_trunk(encoder) else self._trained.encoder()
         self._kept = None
         if has_trunk(encoder):
             cache, name = data.cache / "embeddings", options.directory.name
@@ -427,8 +502,18 @@ class TrainedPart:
     def table(self) -> np.ndarray:
         """Embeddings of the available items as the encoder is now, scaled to length 1, float32 `[I, D]`; else 0."""
         kept, encoder = self._kept, self._encoder
+        if self._trained is not encoder:
+            encoder.encoder().set_weights(self._trained.encoder().get_weights())
         vectors = embed(encoder, self._values) if kept is None else embed_activations(encoder, kept)
         return unit_table(vectors, self._available)
+
+
+def _copy_of(encoder: Any) -> Any:
+    """An encoder with weights of its own that are the same, in the precision of the scope."""
+    copied = type(encoder)(encoder.config, encoder.seed)
+    copied.load_state(encoder.state())
+    copied.encoder().set_weights(encoder.encoder().get_weights())
+    return copied
 
 
 def _embed_once(encoder: keras.Model, contents: dict[str, tf.Tensor], target: tf.Tensor) -> tf.Tensor:

@@ -7,6 +7,7 @@ so that it has a closed form).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
 from fusion.types import History, RunOptions, derive_seed
 from recsys.collaborative import MEMBERS
-from recsys.collaborative.base import Member, TrainingData
+from recsys.collaborative.base import GrowingScorer, Member, TrainingData, constant
 from recsys.collaborative.content import Contents, embedding_table, read_content
 from recsys.collaborative.features import check_contents, multi_hot, split_categories
 
@@ -33,6 +34,8 @@ VECTORS: dict[str, tuple[str, ...]] = {
 
 STRENGTHS = np.logspace(-3, 5, 33)
 """Penalties among which leave-one-out chooses."""
+BIAS = "every item"
+"""Beside the names of contents, what is said of an item whatever it holds."""
 CATEGORIES = 10_000
 """Categories of one column that have a place of their own."""
 
@@ -81,6 +84,10 @@ class ContentRegression(Member):
         self.encoders = {n: c.encoder.make(derive_seed(seed, "encoder", n)) for n, c in config.content.items()}
         self.tables: dict[str, np.ndarray] = {}
         self.available: dict[str, np.ndarray] = {}
+        self.mappings: dict[str, np.ndarray] = {}
+        """By content, what it adds to the vectors of an item, float32 `[D + 1, T]`: T is the length of a row of all
+        tables of the base side by side, and the last row is added wherever there is such content. Under BIAS `[1, T]`,
+        what all items have. Empty for members that were fitted by older code."""
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -103,9 +110,12 @@ class ContentRegression(Member):
         history = self.base.fit(data, options)
         state = self.base.state()
         trust = (data.counts / (data.counts + max(self.config.shrinkage, 1e-9)))[:, None]
+        fitted = []
         for name in VECTORS[self.config.base.kind]:
             mapping = fit_ridge(features[warm], state[name][warm], self.config.l2)
             state[name] = (trust * state[name] + (1.0 - trust) * mapping(features)).astype(np.float32)
+            fitted.append(mapping)
+        self._keep_mappings(fitted, warm)
         self.speaks = warm | (described & warm.any())
         self.base.load_state({**state, "speaks": self.speaks})
         return history
@@ -132,17 +142,37 @@ class ContentRegression(Member):
             blocks.append(balanced(encoded, known, warm))
         return np.concatenate(blocks, axis=1), described
 
+    def _keep_mappings(self, fitted: Sequence[Ridge], warm: np.ndarray) -> None:
+        """What new items need of the regression: `balanced` and the mapping of each content in one. Of categories they
+        have none, which is the average."""
+        weights, start = np.concatenate([mapping.weights for mapping in fitted], axis=1), 0
+        for name, table in self.tables.items():
+            mean, length = balance(table, self.available[name], warm)
+            part = (
+                weights[start : start + table.shape[1]] / length
+                if length
+                else np.zeros((table.shape[1], weights.shape[1]))
+            )
+            self.mappings[name] = np.concatenate([part, -(mean @ part)[None]]).astype(np.float32)
+            start += table.shape[1]
+        self.mappings[BIAS] = np.concatenate([mapping.bias for mapping in fitted])[None].astype(np.float32)
+
+    def growing(self, spare: int) -> GrowingScorer | None:
+        return GrowingRegression(self.base.roomy_scorer(spare), self.mappings) if self.mappings else None
+
     def state(self) -> dict[str, np.ndarray]:
         result = {f"base/{name}": array for name, array in self.base.state().items()}
         for name, encoder in self.encoders.items():
             result[f"content/{name}/embeddings"] = self.tables[name]
             result[f"content/{name}/available"] = self.available[name]
             result |= {f"encoder/{name}/{key}": array for key, array in encoder.state().items()}
+        result |= {f"mapping/{name}": array for name, array in self.mappings.items()}
         return {**result, "speaks": self.speaks}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         self.speaks = state["speaks"]
         self.base.load_state(_below(state, "base/"))
+        self.mappings = _below(state, "mapping/")
         for name, encoder in self.encoders.items():
             self.tables[name] = state[f"content/{name}/embeddings"]
             self.available[name] = state[f"content/{name}/available"]
@@ -158,6 +188,36 @@ class ContentRegression(Member):
         }
 
 
+class GrowingRegression(GrowingScorer):
+    """The scorer of the base, whose new items get the vectors that the regression foretells.
+
+    Args:
+        scorer: with spare rows.
+        mappings: as the member keeps them.
+    """
+
+    def __init__(self, scorer: Any, mappings: Mapping[str, np.ndarray]) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.mappings = {name: constant(array, tf.float32, "new_item_mapping") for name, array in mappings.items()}
+
+    def __call__(self, history: tf.Tensor) -> tf.Tensor:
+        return self.scorer(history)
+
+    def add(self, numbers: tf.Tensor, embeddings: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        vectors = tf.repeat(self.mappings[BIAS], tf.size(numbers), axis=0)
+        described = tf.zeros(tf.shape(numbers), tf.bool)
+        for name, embedding in embeddings.items():
+            there = tf.reduce_any(embedding != 0.0, axis=1)
+            read = tf.concat([embedding, tf.cast(there, tf.float32)[:, None]], axis=1)
+            vectors += tf.matmul(read, self.mappings[name])
+            described |= there
+        width = self.scorer.item_table.shape[1]  # a base of one table has the same vectors in both places
+        self.scorer.history_table.write(numbers, vectors[:, :width])
+        self.scorer.item_table.write(numbers, vectors[:, -width:])
+        return described
+
+
 def _below(state: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
 
@@ -167,12 +227,19 @@ def balanced(table: np.ndarray, available: np.ndarray, warm: np.ndarray) -> np.n
 
     Blocks of features then weigh alike whatever their width; rows that are not available are 0, which is the mean.
     """
+    mean, length = balance(table, available, warm)
+    return (table - mean) * available[:, None] / length if length else np.zeros(table.shape)
+
+
+def balance(table: np.ndarray, available: np.ndarray, warm: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean `[F]` of the available warm rows, and the root of the mean squared length of what is left of them; 0
+    where there are none, or nothing is left."""
     fitted = table[available & warm].astype(np.float64)
     if not len(fitted):
-        return np.zeros(table.shape)
-    centred = (table - fitted.mean(axis=0)) * available[:, None]
-    length = np.sqrt(np.square(centred[available & warm]).sum(axis=1).mean())
-    return centred / length if length > 1e-9 else np.zeros(table.shape)
+        return np.zeros(table.shape[1]), 0.0
+    mean = fitted.mean(axis=0)
+    length = float(np.sqrt(np.square(fitted - mean).sum(axis=1).mean()))
+    return mean, length if length > 1e-9 else 0.0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from scipy import sparse
 from fusion.compat import keras, tf, tfrs
 from fusion.config import Settings
 from fusion.errors import ConfigError
+from fusion.training.precision import narrow, wide
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, History, RunOptions, derive_seed
@@ -77,6 +78,7 @@ class DeepCross(Member):
         """The training loop of the cross network."""
 
     reads_content = True
+    accelerations = ("precision", "xla")
 
     def __init__(self, config: Any, seed: int = 0) -> None:
         super().__init__(config, seed)
@@ -99,7 +101,7 @@ class DeepCross(Member):
         pairs = CandidatePairs(data.matrix, second, self.config, self.towers.scorer(), derive_seed(self.seed, "pairs"))
         self.inputs = self._inputs(self.features.table, self.features.widths)
         self.scale = self._fitted_scale(pairs)
-        with scope(options):
+        with scope(options, self.config.training.precision):
             self.model = self._build()
         history = self._train(pairs, data, options)
         self.learned = self._learned()
@@ -131,13 +133,13 @@ class DeepCross(Member):
         """Scaled features `[b, C, F]` -> what is added to the first stage's scores `[b, C]`."""
         width = len(self.scale[0])
         inputs = keras.Input((None, width), name="features")
-        x = inputs
+        first = x = narrow(inputs)
         for number in range(self.config.cross_layers):
             start = keras.initializers.TruncatedNormal(
                 stddev=1.0 / np.sqrt(width), seed=derive_seed(self.seed, "cross", number)
             )
             layer = tfrs().layers.dcn.Cross(self.config.rank, kernel_initializer=start, name=f"cross_{number}")
-            x = layer(inputs, x)
+            x = layer(first, x)
         for number, units in enumerate(self.config.hidden):
             begin = keras.initializers.HeNormal(seed=derive_seed(self.seed, "deep", number))
             x = keras.layers.Dense(units, activation="relu", kernel_initializer=begin, name=f"deep_{number}")(x)
@@ -159,7 +161,7 @@ class DeepCross(Member):
         def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
             candidates = batch["candidates"]
             values, base = self.inputs(batch["history"], tf.maximum(candidates, 0))
-            scores = base + self.model(standardised(values, mean, factor), training=True)
+            scores = base + wide(self.model(standardised(values, mean, factor), training=True))
             drawn = pairs.log_probability(base, batch["last"][:, None] / self.config.towers.temperature)
             return loss_of(scores - drawn, candidates >= 0)
 

@@ -103,6 +103,10 @@ class ImplicitALS(Member):
     def scorer(self) -> tf.Module:
         return _FoldIn(self.factors, self.gram, self.config)
 
+    def roomy_scorer(self, spare: int) -> tf.Module:
+        """The scorer with `spare` rows of zeros behind both of its tables."""
+        return _FoldIn(np.pad(self.factors, [(0, spare), (0, 0)]), self.gram, self.config, len(self.factors))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -242,9 +246,11 @@ def _plus_identity(systems: np.ndarray) -> np.ndarray:
 
 
 class _FoldIn(tf.Module):
-    def __init__(self, factors: np.ndarray, gram: np.ndarray, config: ImplicitALS.Config) -> None:
+    def __init__(
+        self, factors: np.ndarray, gram: np.ndarray, config: ImplicitALS.Config, items: int | None = None
+    ) -> None:
         super().__init__()
-        self.items = len(factors)
+        self.items = len(factors) if items is None else items  # that the penalty counts
         self.history_table = Table(with_padding_row(factors), "ials_history")
         self.item_table = Table(factors, "ials_items")
         self.gram = constant(gram, tf.float32, "ials_gram")
@@ -252,7 +258,7 @@ class _FoldIn(tf.Module):
 
     def user(self, history: tf.Tensor) -> tf.Tensor:
         """User vectors `[B, D]`."""
-        rows = self.history_table.rows(padded_numbers(history, self.items))  # [B, L, D]
+        rows = self.history_table.rows(padded_numbers(history, self.item_table.shape[0]))  # [B, L, D]
         length = tf.reduce_sum(tf.cast(history >= 0, tf.float32), axis=1)
         diagonal = self.gram + self.config.penalty(length, self.items)[:, None]
         return conjugate_gradients(rows, diagonal, self.config.conjugate_steps)

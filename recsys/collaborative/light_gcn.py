@@ -39,6 +39,9 @@ class LightGCN(MatrixFactorization):
         training: TrainingSettings = TrainingSettings(epochs=20, batch_size=2048, learning_rate=0.005)
         """The training loop. Every step propagates over the whole graph, so that large graphs want large batches."""
 
+    accelerations = ()
+    """Products with sparse matrices are neither in XLA nor in 16 bits."""
+
     @classmethod
     def check(cls, config: Any) -> None:
         """As in the factorisation; ConfigError for `init_from`, because what is kept has been handed on already."""

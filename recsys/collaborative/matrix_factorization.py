@@ -13,6 +13,7 @@ from fusion.compat import keras, tf
 from fusion.config import Settings
 from fusion.errors import ConfigError
 from fusion.training.optimizers import Group
+from fusion.training.precision import Precision, narrow
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import History, RunOptions, derive_seed
@@ -105,13 +106,13 @@ class MatrixFactorization(TowerMember):
         return TableStart(origin, {"history_table": history, "item_table": item}, self.speaks)
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
-        towers = self.towers(data, options)
+        towers = self.towers(data, options, self.config.training.precision)
         history = self._train(data, options)
         towers.finish()
         return history
 
-    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
-        with scope(options):
+    def towers(self, data: TrainingData, options: RunOptions, precision: Precision = "float32") -> Towers:
+        with scope(options, precision):
             self.model = self._build(data)
         self.speaks = data.counts > 0
         group = Group("tables", self.model.trainable_variables, self.config.training)
@@ -134,11 +135,11 @@ class MatrixFactorization(TowerMember):
     def _train_rows(self, data: TrainingData, options: RunOptions) -> History:
         """Several pairs of a user at once; a batch has as many pairs as it would have had rows."""
         config = self.config
-        with scope(options):
+        with scope(options, config.training.precision):
             items = keras.Input((config.together,), dtype=tf.int32, name="items")
             vectors = self.model.get_layer("vectors")({"history": items, "target": items})
             user = self.model.get_layer("silenced")(pool_others(vectors["history"], items))
-            model = keras.Model({"items": items}, {"user": user, "item": vectors["target"]})
+            model = keras.Model({"items": items}, {"user": narrow(user), "item": narrow(vectors["target"])})
         training = config.training.model_copy(
             update={"batch_size": max(1, config.training.batch_size // config.together)}
         )
@@ -148,12 +149,13 @@ class MatrixFactorization(TowerMember):
         return train_towers(model, self._scorer_now, data, rows, of_rows, options, loss)
 
     def _build(self, data: TrainingData) -> keras.Model:
-        vectors = _ItemVectors(
+        table = _ItemVectors(
             self._start(data, "history_table"),
             self._start(data, "item_table"),
             self._propagation(data.matrix),
             keras.regularizers.L2(self.config.l2) if self.config.l2 else None,
             name="vectors",
+            dtype="float32",  # rows and their sums; only products with them are in the precision of training
         )
         inputs = {
             "history": keras.Input((None,), dtype=tf.int32, name="history"),
@@ -161,7 +163,7 @@ class MatrixFactorization(TowerMember):
         }
         if self.config.loss != "softmax":
             inputs["negatives"] = keras.Input((self.config.negatives,), dtype=tf.int32, name="negatives")
-        rows = vectors(inputs)
+        rows = table(inputs)
         user = pool_history(rows.pop("history"), recency(inputs["history"], 1.0), unit=False)
         user = keras.layers.Dropout(
             self.config.dropout,
@@ -169,8 +171,10 @@ class MatrixFactorization(TowerMember):
             force_generator=True,
             seed=derive_seed(self.seed, "dropout"),
             name="silenced",
+            dtype="float32",
         )(user)
-        return keras.Model(inputs, {"user": user, "item": rows.pop("target"), **rows})
+        vectors = {"user": user, "item": rows.pop("target"), **rows}
+        return keras.Model(inputs, {name: narrow(tensor) for name, tensor in vectors.items()})
 
     def _start(self, data: TrainingData, name: str) -> np.ndarray:
         """The table `[I, D]` that training begins with: rows of length 1 in the mean, drawn or out of the SVD; or
@@ -204,6 +208,11 @@ class MatrixFactorization(TowerMember):
 
     def scorer(self) -> tf.Module:
         return EmbeddingScorer(*self.tables, unit=False, decay=self.config.decay)
+
+    def roomy_scorer(self, spare: int) -> tf.Module:
+        """The scorer with `spare` rows of zeros behind both of its tables."""
+        history, item = (np.pad(table, [(0, spare), (0, 0)]) for table in self.tables)
+        return EmbeddingScorer(history, item, unit=False, decay=self.config.decay)
 
 
 class _ItemVectors(keras.layers.Layer):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from scipy import sparse
 
 from fusion.compat import keras, tf, tfrs
 from fusion.training.optimizers import Group
+from fusion.training.precision import Precision, wide
 from fusion.training.strategy import all_replicas
 from fusion.types import Features, History, RunOptions
 from recsys.collaborative.base import PADDING, Member, TrainingData
@@ -131,33 +132,47 @@ Loss = Callable[[dict[str, tf.Tensor]], tf.Tensor]
 """Takes a batch of pairs, returns the loss of each, `[b]`."""
 
 
-def in_batch_softmax(model: keras.Model, temperature: float = 1.0, accidental_hits: bool = True) -> Loss:
+def in_batch_softmax(model: keras.Model, temperature: float = 1.0) -> Loss:
     """The loss `[b]` of TFRS's retrieval task: the other targets of the batch are the negatives, corrected for
     how often they are drawn (logQ, Yi et al. 2019) and without those that equal the target.
 
     Under several replicas these are the targets of the whole batch, not of the replica's share: two devices then learn
     what one does, for an exchange of `[b, D]` a step.
 
-    `model` maps the batch, but for `probability`, to `user` `[b, D]` and `item` `[b, D]`.
+    `model` maps the batch, but for `probability`, to `user` `[b, D]`, or several of a user `[b, K, D]`, of which the
+    nearest counts, and `item` `[b, D]`. Vectors of 16 bits, which the task does not take, are multiplied as they are;
+    what is made of their products is float32.
     """
     task = tfrs().tasks.Retrieval(
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, reduction=keras.losses.Reduction.NONE),
         temperature=temperature,
-        remove_accidental_hits=accidental_hits,
+        remove_accidental_hits=True,
     )
 
     def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "probability"}
         vectors = model(inputs, training=True)
+        item = all_replicas(vectors["item"])
+        candidates = {name: all_replicas(batch[name]) for name in ("target", "probability")}
+        if item.dtype != tf.float32:
+            scores = products(vectors["user"], item) / temperature
+            return in_batch_cross_entropy(scores, batch["target"], candidates)
         return task(
             vectors["user"],
-            all_replicas(vectors["item"]),
-            candidate_sampling_probability=all_replicas(batch["probability"]),
-            candidate_ids=all_replicas(batch["target"]),
+            item,
+            candidate_sampling_probability=candidates["probability"],
+            candidate_ids=candidates["target"],
             compute_metrics=False,
         )
 
     return loss
+
+
+def products(user: tf.Tensor, item: tf.Tensor) -> tf.Tensor:
+    """Scores float32 `[b, C]` of users `[b, D]`, or of the best of their vectors `[b, K, D]`, with items `[C, D]`;
+    multiplied in the type of the vectors."""
+    users = user[:, None] if user.shape.rank == 2 else user
+    return tf.reduce_max(wide(tf.tensordot(users, item, [[2], [1]])), axis=1)
 
 
 def in_batch_cross_entropy(logits: tf.Tensor, target: tf.Tensor, candidates: dict[str, tf.Tensor]) -> tf.Tensor:
@@ -191,8 +206,8 @@ def pairwise(model: keras.Model, kind: PairwiseKind, items: int) -> Loss:
 
     def loss(batch: dict[str, tf.Tensor]) -> tf.Tensor:
         vectors = model({name: value for name, value in batch.items() if name != "probability"}, training=True)
-        positive = tf.reduce_sum(vectors["user"] * vectors["item"], axis=-1, keepdims=True)
-        above = tf.squeeze(tf.matmul(vectors["negatives"], vectors["user"][..., None]), -1) - positive  # [b, N]
+        positive = tf.reduce_sum(wide(vectors["user"]) * wide(vectors["item"]), axis=-1, keepdims=True)
+        above = wide(tf.squeeze(tf.matmul(vectors["negatives"], vectors["user"][..., None]), -1)) - positive  # [b, N]
         known = tf.cast(batch["negatives"] >= 0, tf.float32)
         count = tf.maximum(tf.reduce_sum(known, axis=1), 1.0)
         if kind == "bpr":
@@ -210,7 +225,8 @@ class Towers:
 
     Attributes:
         model: `user` and `target` int32 `[b]`, `history` int32 `[b, L]` and what `gather` gives, or some of them ->
-            `user` `[b, D]` or `[b, K, D]` (the best of K products counts), and `item` `[b, D]`.
+            `user` `[b, D]` or `[b, K, D]` (the best of K products counts), and `item` `[b, D]`, in the type that they
+            are multiplied in.
         temperature: divides the products in the softmax.
         groups: which optimizer moves which variables.
         finish: makes the member what its weights now say; called when it is to be measured, and at the end.
@@ -227,14 +243,17 @@ class Towers:
 class TowerMember(Member):
     """A member that can be trained alone, or with others by the gradient of their fused scores (`recsys.joint`)."""
 
+    accelerations: ClassVar[tuple[str, ...]] = ("precision", "xla")
+
     @classmethod
     def joins(cls, config: Any) -> bool:
         """Whether the settings allow training with others."""
         return True
 
     @abc.abstractmethod
-    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
-        """The member as it starts training with others; its variables are made in the scope of the strategy."""
+    def towers(self, data: TrainingData, options: RunOptions, precision: Precision = "float32") -> Towers:
+        """The member as it starts training with others, in `precision`; its variables are made in the scope of the
+        strategy."""
 
 
 def train_towers(

@@ -58,6 +58,8 @@ class SequenceMember(Member):
     length: int
     model: keras.Model
     averageable = True
+    accelerations = ()
+    """How many targets a batch has depends on its windows, and XLA wants to know before; states are sums over steps."""
 
     @abc.abstractmethod
     def _states(self, vectors: tf.Tensor, known: tf.Tensor) -> tf.Tensor:

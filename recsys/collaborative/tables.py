@@ -36,6 +36,11 @@ class Table(tf.Module):
             return tf.matmul(vectors, self._values, transpose_b=True)
         return self._codes.dot(vectors)
 
+    def write(self, numbers: tf.Tensor, rows: tf.Tensor) -> None:
+        """Puts rows float32 `[N, D]` in the place of those of the numbers int32 `[N]`; the table must not be packed."""
+        assert self._values is not None
+        write_rows(self._values, numbers, rows)
+
     def numpy(self) -> np.ndarray:
         """The numbers float32 `[R, D]` as they are read."""
         every = self.rows(tf.range(self.shape[0]))
@@ -46,6 +51,14 @@ class Table(tf.Module):
         """Keeps codes of so many bits in the place of the numbers, and a scale for each row."""
         if self._values is not None:
             self._codes, self._values = Codes(self._values.numpy(), bits, self.name), None
+
+
+def write_rows(variable: tf.Variable, numbers: tf.Tensor, rows: tf.Tensor) -> None:
+    """Puts `rows` `[N, ...]` in the place of the variable's rows of these numbers, int32 `[N]`.
+
+    The variable is assigned whole: after a scatter into it TensorFlow would copy it in each call that reads it.
+    """
+    variable.assign(tf.tensor_scatter_nd_update(variable, numbers[:, None], rows))
 
 
 class Codes(tf.Module):

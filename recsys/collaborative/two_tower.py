@@ -14,6 +14,7 @@ from pydantic import Field
 from fusion.compat import keras, tf
 from fusion.config import Settings
 from fusion.training.optimizers import Group
+from fusion.training.precision import Precision, narrow, precision_scope, wide
 from fusion.training.strategy import scope
 from fusion.training.trainer import TrainingSettings
 from fusion.types import History, RunOptions, derive_seed
@@ -92,18 +93,19 @@ class TwoTower(TowerMember):
         check_contents(config.features.content)
 
     def fit(self, data: TrainingData, options: RunOptions) -> History:
-        towers = self.towers(data, options)
+        towers = self.towers(data, options, self.config.training.precision)
         pairs = HistoryPairs(data.matrix, self.config.max_history, derive_seed(self.seed, "histories"))
         history = train_towers(self.model, self._scorer_now, data, pairs, self.config, options)
         towers.finish()
         return history
 
-    def towers(self, data: TrainingData, options: RunOptions) -> Towers:
+    def towers(self, data: TrainingData, options: RunOptions, precision: Precision = "float32") -> Towers:
         self.features = item_features(self.config.features, data, options, self.seed)
         self.trained = data.counts > 0
         self.speaks = self.trained | self.features.described
-        with scope(options):
-            self.model = self._build()
+        with scope(options, precision):
+            self.model, self.items = self._build()
+        self.plain = (self.model, self.items) if precision == "float32" else self._plain()
         group = Group("towers", self.model.trainable_variables, self.config.training)
         return Towers(self.model, self.config.temperature, [group], self._finish)
 
@@ -112,18 +114,24 @@ class TwoTower(TowerMember):
 
     # ---- the model that is trained ---------------------------------------------------------------------------
 
-    def _build(self) -> keras.Model:
+    def _plain(self) -> tuple[keras.Model, keras.Model]:
+        """The same towers in float32, for what is kept."""
+        with precision_scope("float32"):
+            return self._build()
+
+    def _build(self) -> tuple[keras.Model, keras.Model]:
+        """What is trained, and of it the items' tower: numbers int32 `[b]` -> vectors `[b, D]`."""
         history = keras.Input((None,), dtype=tf.int32, name="history")
         target = keras.Input((), dtype=tf.int32, name="target")
-        features = keras.layers.Embedding(len(self.trained) + 1, self.features.width, trainable=False, name="features")
+        rows, width = len(self.trained) + 1, self.features.width
+        features = keras.layers.Embedding(rows, width, trainable=False, name="features", dtype="float32")
         item = self._item_tower(features, target)
         users = self._user_tower(features, history)
         # The task scores [b, K, D] by the best of the K products, as the scorer does.
         user = users if self.config.interests > 1 else users[:, 0]
-        model = keras.Model({"history": history, "target": target}, {"user": user, "item": item})
-        self.items = keras.Model(target, item)
+        model = keras.Model({"history": history, "target": target}, {"user": narrow(user), "item": narrow(item)})
         features.set_weights([with_padding_row(self.features.table)])
-        return model
+        return model, keras.Model(target, item)
 
     def _item_tower(self, features: keras.layers.Layer, target: tf.Tensor) -> tf.Tensor:
         """Item vectors `[b, D]` of item numbers `[b]`."""
@@ -141,7 +149,7 @@ class TwoTower(TowerMember):
                 kernel_initializer=keras.initializers.Constant(self._start()),
                 name="item_projection",
             )
-            straight += projection(described)
+            straight += wide(projection(described))
         item = straight + self._mlp(tf.concat([own, described, aggregates], axis=-1), "item")
         return unit(item) if self.config.unit else item
 
@@ -153,7 +161,7 @@ class TwoTower(TowerMember):
         rows, statistics = read[..., : self.config.dimensions], read[..., self.config.dimensions :]
         weighted = weights[..., None]
         if self.config.interests > 1:
-            weighted = attention(self._directions()(unit(rows)), weights)
+            weighted = attention(wide(self._directions()(unit(rows))), weights)
         pooled = self._dropout(self.config.dropout, "pooled")(pool_interests(rows, weighted))
         users = pooled + self._mlp(with_statistics(pooled, history_statistics(statistics, weights)), "user")
         return unit(users) if self.config.unit else users
@@ -175,6 +183,7 @@ class TwoTower(TowerMember):
             embeddings_initializer=keras.initializers.RandomNormal(stddev=deviation, seed=derive_seed(self.seed, name)),
             embeddings_regularizer=keras.regularizers.L2(self.config.l2) if self.config.l2 else None,
             name=name,
+            dtype="float32",  # gathering and summing rows gains nothing from 16 bits
         )
 
     def _directions(self) -> keras.layers.Dense:
@@ -184,7 +193,7 @@ class TwoTower(TowerMember):
 
     def _dropout(self, share: float, name: str) -> keras.layers.Dropout:
         seed = derive_seed(self.seed, "dropout", name)
-        return keras.layers.Dropout(share, rng_type="stateful", force_generator=True, seed=seed)
+        return keras.layers.Dropout(share, rng_type="stateful", force_generator=True, seed=seed, dtype="float32")
 
     def _mlp(self, inputs: tf.Tensor, name: str) -> tf.Tensor:
         """Hidden layers and a last one that starts at zero; 0 where there are no hidden layers."""
@@ -196,15 +205,18 @@ class TwoTower(TowerMember):
             x = keras.layers.Dense(width, activation="relu", kernel_initializer=start, name=f"{name}_{number}")(x)
             x = self._dropout(self.config.dropout, f"{name}_{number}")(x)
         last = keras.layers.Dense(self.config.dimensions, kernel_initializer="zeros", name=f"{name}_last")
-        return last(x)
+        return wide(last(x))
 
     # ---- what is kept of it ----------------------------------------------------------------------------------
 
     def _learned(self) -> dict[str, np.ndarray]:
         """The tables of all items and the layers over a history: what `state` returns but for `speaks`."""
+        model, items = self.plain
+        if model is not self.model:
+            model.set_weights(self.model.get_weights())
         numbers = np.arange(len(self.trained), dtype=np.int32)
         blocks = [numbers[start : start + BLOCK] for start in range(0, len(numbers), BLOCK)]
-        vectors = [self.items(tf.constant(block), training=False).numpy() for block in blocks]
+        vectors = [items(tf.constant(block), training=False).numpy() for block in blocks]
         rows = self.model.get_layer("rows").rows(self.trained)
         parts = [rows]
         if self.config.interests > 1:
@@ -266,7 +278,8 @@ class HistoryTable(keras.layers.Layer):
     def call(self, numbers: tf.Tensor) -> tf.Tensor:
         features, rows = self.features.embeddings, self.ids.embeddings
         if len(self.start):
-            rows = rows + tf.matmul(features[:, : len(self.start)], self.projection)
+            described = tf.cast(features[:, : len(self.start)], self.compute_dtype)
+            rows = rows + wide(tf.matmul(described, tf.cast(self.projection, self.compute_dtype)))
         statistics = features[:, features.shape[1] - self.statistics :]
         return tf.gather(tf.concat([rows, statistics], axis=1), numbers)
 

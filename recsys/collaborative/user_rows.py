@@ -12,6 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from fusion.compat import keras, tf
+from fusion.training.precision import wide
 from fusion.training.strategy import all_replicas
 from fusion.types import Features
 from recsys.collaborative.base import PADDING
@@ -93,15 +94,15 @@ def softmax_of_rows(model: keras.Model, temperature: float) -> Loss:
         correction = tf.math.log(tf.clip_by_value(tf.reshape(all_replicas(batch["probability"]), [-1]), 1e-6, 1.0))
         candidates = tf.reshape(all_replicas(vectors["item"]), [-1, length])
         user = vectors["user"] / temperature
-        logits = tf.matmul(tf.reshape(user, [-1, length]), candidates, transpose_b=True)
+        logits = wide(tf.matmul(tf.reshape(user, [-1, length]), candidates, transpose_b=True))
         # What is added to the scores is put together by row: all parts of a row add the same, in one pass over them.
         added = tf.where(_in_row(items, numbers) | (numbers < 0), NEVER, -correction)  # [r, b]
         logits = tf.reshape(logits, [-1, PARTS, tf.size(numbers)]) + added[:, None]
         negatives = tf.reduce_logsumexp(logits, axis=2)[..., None]  # [r, PARTS, 1]
 
-        parts = tf.reshape(vectors["item"], [-1, PARTS, width // PARTS, length])
+        parts = tf.reshape(wide(vectors["item"]), [-1, PARTS, width // PARTS, length])
         own = tf.reshape(correction[: tf.size(items)], [-1, PARTS, width // PARTS])
-        positives = tf.reduce_sum(parts * user[:, :, None], axis=-1) - own
+        positives = tf.reduce_sum(parts * wide(user)[:, :, None], axis=-1) - own
         known = tf.cast(items >= 0, tf.float32)
         counted = tf.reshape(known, tf.shape(positives)) * tf.sign(_other_items(known))[..., None]
         return tf.reduce_sum(tf.nn.softplus(negatives - positives) * counted, axis=[1, 2]) / width
