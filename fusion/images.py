@@ -7,6 +7,7 @@ caller masks it. There is no augmentation here.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -44,9 +45,9 @@ def load_images(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Reads images and brings them to `size` × `size` pixels: uint8 `[N, size, size, 3]`, bool ok `[N]`, reasons.
 
-    A value is the path of a JPEG, PNG or WebP file, an array, or '' where there is none. An image is cut to its
-    central square and resized (bicubic, antialiased), which is how the ImageNet weights saw theirs. Transparency is
-    laid on white, and the orientation that a camera noted is applied.
+    A value is the path of a JPEG, PNG or WebP file, its content as bytes, an array, or '' where there is none. An image
+    is cut to its central square and resized (bicubic, antialiased), which is how the ImageNet weights saw theirs.
+    Transparency is laid on white, and the orientation that a camera noted is applied.
 
     Arrays are `[H, W]` or `[H, W, 3]`, uint8, or numbers from 0. What a float array's white is depends on the largest
     value among **all** of them: at most 1 means 1, at most 16 means 16 (scikit-learn's digits), at most 255 means 255.
@@ -110,6 +111,8 @@ def _read(value: Any, size: int, white: float) -> np.ndarray:
     """One value as uint8 `[size, size, 3]`; raises _Refused for whatever is wrong with it."""
     if isinstance(value, np.ndarray):
         image = _from_array(value, white)
+    elif isinstance(value, bytes):
+        image = _decoded(io.BytesIO(value), len(value), size)
     elif isinstance(value, str | os.PathLike):
         if not os.fspath(value):
             raise _Refused(MISSING)
@@ -145,14 +148,24 @@ def _white(arrays: Sequence[np.ndarray]) -> float:
 
 
 def _from_file(path: Path, size: int) -> Image.Image:
-    """The decoded file as RGB or RGBA. Guards run on its length and header, before decoding."""
+    """The decoded file as RGB or RGBA."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise _Refused("not a file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise _Refused(f"{status.st_size} bytes are more than {MAX_FILE_BYTES}")
-        with Image.open(path, formats=FORMATS) as image:
+    except FileNotFoundError:
+        raise _Refused("the file does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise _Refused(f"cannot be decoded: {type(error).__name__}: {error}") from error
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        raise _Refused("not a file")
+    return _decoded(path, status.st_size, size)
+
+
+def _decoded(file: Path | io.BytesIO, length: int, size: int) -> Image.Image:
+    """The decoded content as RGB or RGBA. Guards run on its length and header, before decoding."""
+    if length > MAX_FILE_BYTES:
+        raise _Refused(f"{length} bytes are more than {MAX_FILE_BYTES}")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _Refused(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size

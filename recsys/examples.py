@@ -1,4 +1,5 @@
-"""Search by example: a sentence or a picture becomes the inputs of an artifact's signature `search_<name>`.
+"""Reads what an artifact has not seen: a sentence or a picture becomes the inputs of its signature `search_<name>`, a
+new item those of `embed_item_<name>`.
 
 Texts are tokenised outside the graph, so an artifact keeps, beside the graph, how each of its encoders reads its
 input: `examples/<name>.json`, and `examples/<name>.npz` with what the encoder was fitted to (a vocabulary).
@@ -7,21 +8,28 @@ input: `examples/<name>.json`, and `examples/<name>.npz` with what the encoder w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fusion.config import parse_part
+from fusion.embeddings import take
 from fusion.errors import ConfigError, DataError
 from fusion.files import load_arrays, save_arrays, write_atomically
 from fusion.images import load_images
 from fusion.registry import nearest
 from fusion.submodels import SUBMODELS
 from fusion.types import Features
+from recsys.collaborative.content import read_items
+from recsys.item_tables import SEPARATOR
+from recsys.schema import IMAGE
 
 FOLDER = "examples"
+CHOSEN_BY_PATTERN = ("numeric", "categorical")
+"""What a tabular encoder's state calls the columns that it reads."""
 
 
 def write_examples(folder: Path, contents: Mapping[str, Any]) -> None:
@@ -72,12 +80,61 @@ class Examples:
 
         Raises DataError for an empty text and for an image that cannot be read.
         """
-        described = self.described[name]
-        encoder = parse_part(SUBMODELS, described["encoder"], f"{FOLDER}/{name}").make(0)
+        encoder = self.encoder(name)
+        return encoder.prepare([_text(example)] if encoder.modality == "text" else _pixels(example, encoder))
+
+    def encoder(self, name: str) -> Any:
+        """The submodel that reads, as it was fitted; its network is that of the artifact's graph."""
+        encoder = parse_part(SUBMODELS, self.described[name]["encoder"], f"{FOLDER}/{name}").make(0)
         state = self.folder / f"{name}.npz"
         if state.is_file():
             encoder.load_state(load_arrays(state))
-        return encoder.prepare([_text(example)] if described["modality"] == "text" else _pixels(example, encoder))
+        return encoder
+
+
+class ItemReader:
+    """Reads new items as an artifact's encoders read those of its catalogue: what `serving.new_items` asks for.
+
+    Attributes:
+        columns: by name of the signature `embed_item_<name>`, the columns of an item that it reads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        examples = Examples(folder)
+        self._encoders = {name: examples.encoder(name) for name in examples.described}
+        self.columns = {name: self._columns(name, examples.described[name]) for name in self._encoders}
+
+    def _columns(self, name: str, described: Mapping[str, Any]) -> tuple[str, ...]:
+        if described["modality"] == "image":
+            return (IMAGE,)
+        state = self._encoders[name].state() if described["modality"] == "tabular" else {}
+        chosen = [str(column) for kind in CHOSEN_BY_PATTERN for column in state.get(kind, ())]
+        return tuple(chosen) or tuple(described["columns"])
+
+    def read(self, name: str, items: Sequence[Mapping[str, Any]]) -> tuple[Features, np.ndarray, list[str]]:
+        """The inputs of `embed_item_<name>` for those of the items that have such content, which these are (bool
+        `[N]`), and by item why it has none, '' where it does.
+
+        Args:
+            name: one of `columns`.
+            items: cells by column; those that are not there are empty. An image is the content of a JPEG, PNG or WebP.
+        """
+        encoder, columns = self._encoders[name], self.columns[name]
+        values: Any
+        if encoder.modality == "image":
+            values, available, reasons = load_images([item.get(IMAGE) for item in items], encoder.config.image_size)
+        else:
+            table = pd.DataFrame([{column: item.get(column, "") for column in columns} for item in items])
+            values, available = read_items(encoder, columns, table.map(_cell))
+            reasons = ["" if there else f"{' and '.join(columns)} are empty" for there in available]
+        if not available.any():
+            return {}, available, reasons
+        return encoder.prepare(take(values, np.flatnonzero(available))), available, reasons
+
+
+def _cell(value: Any) -> str:
+    """A cell as it stands in a table: of several values, with the separator between them."""
+    return SEPARATOR.join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
 def _text(example: Any) -> str:

@@ -27,6 +27,7 @@ from recsys.compressed_artifact import applied, write_classes, write_ranking
 from recsys.core import RankingCore
 from recsys.examples import write_examples
 from recsys.fast_profile import fast_profile
+from recsys.growing import GrowingCore, GrowingScores
 from recsys.item_tables import write_item_tables
 from recsys.recommender import UNSCORED, ServedRecommender, contents_of
 from recsys.run import PACKAGES
@@ -63,11 +64,20 @@ def export_recommender(task: RankingTask) -> Path:
     smaller = applied(task, name)
     core, members = task.exported(name)
     contents = contents_of(task.searchable(members))
+    spare = task.experiment.export.spare_items
+    if spare and not contents:
+        raise ConfigError(
+            f"export.spare_items must be 0 where no member reads the text or image of an item; received {spare}. Leave "
+            "it out, or add a member of kind content."
+        )
     history, seen = task.known()
     data, k_max = task.interactions, task.experiment.export.k_max
     fast = fast_profile(task, name, core)
     student = fast.scorer if fast else None
-    recommender = ServedRecommender(core, data.item_ids, data.user_ids, history, seen, k_max, contents, student)
+    growing = GrowingScores(members, core.members.counts, spare) if spare else None
+    # What has no spare rows: `core`, of which the .tflite is made, and the student.
+    wide = core if growing is None else GrowingCore(growing, core.rule, core.members.items)
+    recommender = ServedRecommender(wide, data.item_ids, data.user_ids, history, seen, k_max, contents, student)
 
     def write_others(folder: Path) -> Checks:
         users = pd.DataFrame({USER_ID: data.user_ids})
@@ -76,7 +86,7 @@ def export_recommender(task: RankingTask) -> Path:
         write_examples(folder, contents)
         known = item_texts(data.item_ids, histories(task, LONGEST, USERS))
         write_baseline(folder, ranking_baseline(recommender.recommend, known, list(members)))
-        requests = ranking_requests(task, core, contents, signatures_of(folder))
+        requests = ranking_requests(task, wide, contents, signatures_of(folder))
         write_warmup(folder, task.experiment.name, requests)
         if smaller:
             checks, manifest["compression"] = write_ranking(task, smaller, core, folder)
@@ -85,6 +95,8 @@ def export_recommender(task: RankingTask) -> Path:
 
     manifest = _described(task, "recommender", name, list(members))
     manifest["profiles"] = {"fast": fast.told} if fast else {}
+    if spare:
+        manifest["limits"]["spare_items"] = spare
     return _write_artifact(
         task, manifest, recommender, recommender.signatures(), write_others, lambda m: _compare_ranking(task, core, m)
     )

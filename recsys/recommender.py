@@ -13,7 +13,9 @@ from fusion.errors import ConfigError
 from fusion.rules.normalisation import speaking
 from recsys.collaborative.base import PADDING, Member, constant
 from recsys.collaborative.content import Contents
+from recsys.collaborative.tables import write_rows
 from recsys.core import RankingCore, Said
+from recsys.growing import ADD_ITEMS, GrowingCore, GrowingIds, rows_for, signature_names, write_columns
 from recsys.ranking_student import StudentScorer
 from recsys.retrieval import top_k
 
@@ -42,7 +44,7 @@ class ServedRecommender(tf.Module):
     """Signatures over string ids, each input with the leading axis B, lists padded with ''.
 
     Args:
-        core: members and rule.
+        core: members and rule; a `GrowingCore` has spare rows behind the catalogue, for `add_items`.
         item_ids: `[I]` str, by number.
         user_ids: `[U]` str, by number.
         history: `[U, I]` positives that the members score from.
@@ -67,10 +69,13 @@ class ServedRecommender(tf.Module):
         super().__init__()
         self.core = core
         self.student = student
-        self.items = len(item_ids)
+        self.items = core.members.items
+        self.spare = self.items - len(item_ids)
         self.k_max = k_max
-        self.item_ids = tf.Variable(np.append(item_ids.astype(object), ""), trainable=False, name="item_ids")
-        self.item_table = _id_table(item_ids)
+        nobody = [""] * (self.spare + 1)
+        self.item_ids = tf.Variable(np.append(item_ids.astype(object), nobody), trainable=False, name="item_ids")
+        known = _id_table(item_ids)
+        self.item_table: Any = GrowingIds(known, len(item_ids), self.spare) if self.spare else known
         self.user_table = _id_table(user_ids)
         self.history = _Rows(history, "history")
         self.seen = _Rows(seen, "seen")
@@ -79,15 +84,18 @@ class ServedRecommender(tf.Module):
         self.search: dict[str, Any] = {}
         # Not the models: of these Keras would write every layer's functions as well, ten times as slowly.
         self.encoder_variables: dict[str, Any] = {}
+        self.searched: dict[str, tuple[tf.Variable, tf.Variable]] = {}
         shared: dict[Any, tuple[Any, list[tf.Variable]]] = {}
         for name, content in (contents or {}).items():
             key = content.encoder.fingerprint(), content.columns  # members that read alike are traced and written once
             if key not in shared:
-                encoder, table = content.encoder.encoder(), constant(content.table.T, tf.float32, "search_table")
-                shared[key] = embed_function(encoder), [*encoder.variables, table]
+                encoder, columns = content.encoder.encoder(), np.pad(content.table.T, [(0, 0), (0, self.spare)])
+                shared[key] = embed_function(encoder), [*encoder.variables, constant(columns, name="search_table")]
             self.embed[name], variables = shared[key]
-            silent = constant(np.where(content.available, 0.0, -np.inf), tf.float32, "search_silent")
-            self.search[name] = self._search_function(self.embed[name], variables[-1], silent)
+            available = np.pad(content.available, (0, self.spare))
+            silent = constant(np.where(available, 0.0, -np.inf), tf.float32, "search_silent")
+            self.searched[name] = variables[-1], silent
+            self.search[name] = self._search_function(self.embed[name], *self.searched[name])
             self.encoder_variables[name] = [*variables, silent]
 
     def signatures(self) -> dict[str, Any]:
@@ -100,6 +108,8 @@ class ServedRecommender(tf.Module):
         }
         for name in self.core.members.names:
             functions[f"member_{name}"] = self._member_function(name)
+        if self.spare:
+            functions[ADD_ITEMS] = self._add_function()
         if self.recommend_fast is not None:
             functions["recommend_fast"] = self.recommend_fast.get_concrete_function()
         for name in self.embed:
@@ -129,7 +139,10 @@ class ServedRecommender(tf.Module):
         return self._listed(asked, self.core.said(asked.history), k, exclude, include)
 
     def _fast_function(self, student: StudentScorer, stored: sparse.csr_matrix) -> Any:
-        """`recommend_fast`: as `recommend`, by the student alone; its scores are the contributions `[B, 1, k_max]`."""
+        """`recommend_fast`: as `recommend`, by the student alone; its scores are the contributions `[B, 1, k_max]`.
+
+        A student knows the items that it was taught: it recommends no new ones, and passes over those in histories.
+        """
         # Of a known user who brings nothing new, the vector need not be made again.
         self.student_users = constant(student.users(stored), tf.float32, "student_users")
 
@@ -138,13 +151,16 @@ class ServedRecommender(tf.Module):
             user_id: tf.Tensor, history: tf.Tensor, k: tf.Tensor, exclude: tf.Tensor, include: tf.Tensor
         ) -> dict[str, tf.Tensor]:
             user, given = self._who(user_id, history)
+            taught = tf.where(given < self.items - self.spare, given, PADDING) if self.spare else given
             vectors = tf.cond(
-                tf.reduce_any(given >= 0),
-                lambda: student.user(self._joined(user, given)),
+                tf.reduce_any(taught >= 0),
+                lambda: student.user(self._joined(user, taught)),
                 lambda: tf.gather(self.student_users, tf.where(user < 0, self.history.unknown, user)),
             )
-            answer = self._best(self._open(user, given, student.scores(vectors), exclude, include), k)
-            answer.pop("numbers")
+            scores = student.scores(vectors)
+            if self.spare:
+                scores = tf.pad(scores, [[0, 0], [0, self.spare]], constant_values=-np.inf)
+            answer = self._best(self._open(user, given, scores, exclude, include), k)
             return {**answer, "contributions": answer["scores"][:, None], "known_user": user >= 0}
 
         return recommend_fast
@@ -180,6 +196,39 @@ class ServedRecommender(tf.Module):
 
         return fuse.get_concrete_function()
 
+    def _add_function(self) -> Any:
+        """`add_items`: gives spare rows to new items, which are recommended, found and known to histories from then on.
+
+        Takes `item_id` string `[B]`, and by content what `embed_item_<name>` made of it, `embed_item_<name>` float32
+        `[B, D]`, 0 where an item has no such content. Returns `number` int32 `[B]`, the row that each item took, -1
+        where it was not added: it is known, stands in the call before, has no id or no content, or no row is left.
+        One call at a time. Others may run meanwhile; they may meet an item of which they do not know everything yet.
+        """
+        core, ids = self.core, self.item_table
+        assert isinstance(core, GrowingCore)
+        specs = {"item_id": tf.TensorSpec([None], tf.string, name="item_id")}
+        for name, (table, _) in self.searched.items():
+            specs[f"embed_item_{name}"] = tf.TensorSpec([None, table.shape[0]], tf.float32, name=f"embed_item_{name}")
+
+        def add(item_id: tf.Tensor, **given: tf.Tensor) -> dict[str, tf.Tensor]:
+            units = {name: tf.math.l2_normalize(given[f"embed_item_{name}"], axis=1) for name in self.searched}
+            described = tf.reduce_any([tf.reduce_any(unit != 0.0, axis=1) for unit in units.values()], axis=0)
+            taken = core.count.read_value()
+            number = rows_for(item_id, described & (ids.lookup(item_id) < 0), taken, self.items)
+            rows = tf.where(number >= 0)[:, 0]
+            numbers, units = tf.gather(number, rows), {name: tf.gather(unit, rows) for name, unit in units.items()}
+            for name, (table, silent) in self.searched.items():
+                write_columns(table, numbers, units[name])
+                known = tf.reduce_any(units[name] != 0.0, axis=1)
+                write_rows(silent, numbers, tf.where(known, 0.0, -np.inf))
+            core.members.add(numbers, units)
+            write_rows(self.item_ids, numbers, tf.gather(item_id, rows))
+            ids.learn(self.item_ids)
+            core.count.assign(taken + tf.size(numbers))
+            return {"number": number}
+
+        return tf.function(add).get_concrete_function(**specs)
+
     def _asked(self, user_id: tf.Tensor, history: tf.Tensor) -> _Asked:
         user, given = self._who(user_id, history)
         return _Asked(user, given, self._joined(user, given))
@@ -198,7 +247,7 @@ class ServedRecommender(tf.Module):
         self, asked: _Asked, said: Said, k: tf.Tensor, exclude: tf.Tensor, include: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """The answer of `recommend` where members say `said`."""
-        scores = self._open(asked.user, asked.given, self.core.rule.fuse(*said), exclude, include)
+        scores = self._open(asked.user, asked.given, self.core.fused(said), exclude, include)
         answer = self._explained(scores, said, k)
         return {**answer, "known_user": asked.user >= 0}
 
@@ -227,7 +276,7 @@ class ServedRecommender(tf.Module):
         """
         number = self.item_table.lookup(item_id)[:, None]
         said = self.core.said(number, personal=True)
-        fused = self.core.rule.fuse(*said)
+        fused = self.core.fused(said)
         return self._explained(tf.where(self._marked(number), -np.inf, fused), said, k)
 
     def _search_function(self, embed: Any, table: tf.Variable, silent: tf.Variable) -> Any:
@@ -240,9 +289,7 @@ class ServedRecommender(tf.Module):
         def search(*values: tf.Tensor) -> dict[str, tf.Tensor]:
             example = embed(**dict(zip(specs, values[:-1], strict=True)))["embedding"]
             cosines = tf.matmul(tf.math.l2_normalize(example, axis=-1), table)
-            answer = self._best(cosines + silent, values[-1])
-            answer.pop("numbers")
-            return answer
+            return self._best(cosines + silent, values[-1])
 
         return search
 
@@ -268,25 +315,36 @@ class ServedRecommender(tf.Module):
 
     def _explained(self, scores: tf.Tensor, said: Said, k: tf.Tensor) -> dict[str, tf.Tensor]:
         """`_best` with each member's contribution to the returned items, 0 where there is none."""
-        answer = self._best(scores, k)
-        shares, _ = self.core.rule.weigh(*said.at(tf.maximum(answer.pop("numbers"), 0)))
-        empty = (answer["item_ids"] == "")[:, None, :]
-        return {**answer, "contributions": tf.where(empty, 0.0, shares)}
+        first = self._first(scores, k)
+        shares, _ = self.core.rule.weigh(*said.at(tf.maximum(first["numbers"], 0)))
+        silent = (first["numbers"] == PADDING)[:, None, :]
+        return self._padded({**first, "contributions": tf.where(silent, 0.0, shares)})
 
     def _best(self, scores: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
-        length = min(self.k_max, self.items)
-        values, numbers = top_k(scores, length)
-        wanted = tf.math.is_finite(values) & (tf.range(length) < k[:, None])
-        answer = {
+        """The best items `[B, k_max]` of scores `[B, I]`, and the scores; '' and 0 behind the k-th."""
+        return self._padded(self._first(scores, k))
+
+    def _first(self, scores: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The best items `[B, N]`, their scores and numbers, where N is the largest k: finding the first ten takes a
+        quarter of the time that the first hundred take."""
+        most = tf.clip_by_value(tf.reduce_max(k), 1, min(self.k_max, self.items))
+        values, numbers = top_k(scores, most)
+        wanted = tf.math.is_finite(values) & (tf.range(most) < k[:, None])
+        return {
             "item_ids": tf.gather(self.item_ids, tf.where(wanted, numbers, self.items)),
             "scores": tf.where(wanted, values, 0.0),
             "numbers": tf.where(wanted, numbers, PADDING),
         }
-        if length == self.k_max:
-            return answer
-        fill = {"item_ids": "", "scores": 0.0, "numbers": PADDING}
-        pad = [[0, 0], [0, self.k_max - length]]
-        return {name: tf.pad(values, pad, constant_values=fill[name]) for name, values in answer.items()}
+
+    def _padded(self, first: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """An answer of N items as one of `k_max`, without their numbers."""
+        missing = self.k_max - tf.shape(first.pop("numbers"))[1]
+        padded = {}
+        for name, values in first.items():
+            edges = [[0, 0]] * (values.shape.rank - 1) + [[0, missing]]
+            filled = tf.pad(values, edges, constant_values="" if values.dtype == tf.string else 0.0)
+            padded[name] = tf.ensure_shape(filled, [*values.shape[:-1], self.k_max])
+        return padded
 
 
 class _Rows(tf.Module):
@@ -318,9 +376,9 @@ def contents_of(members: Mapping[str, Member]) -> dict[str, Contents]:
     """
     found: dict[str, Contents] = {}
     for member, fitted in members.items():
-        contents = fitted.contents()
-        for name, content in contents.items():
-            full = member if len(contents) == 1 else f"{member}_{name}"
+        names = signature_names(member, fitted)
+        for name, content in fitted.contents().items():
+            full = names[name]
             if full in found:
                 raise ConfigError(
                     f"names of signatures must differ; two contents are called '{full}'. Rename a member."

@@ -18,7 +18,7 @@ BLOCK = 256
 """Users scored at once: 256 x 41,000 float32 scores take 42 MB and still fit the processor's last cache by parts."""
 
 
-def top_k(scores: tf.Tensor, k: int, group: int = GROUP) -> tuple[tf.Tensor, tf.Tensor]:
+def top_k(scores: tf.Tensor, k: tf.Tensor | int, group: int = GROUP) -> tuple[tf.Tensor, tf.Tensor]:
     """The k largest scores of each row, exactly as `tf.math.top_k` gives them, ties to the lower number included.
 
     Two stages: the maximum of every `group` neighbouring items, the k groups with the largest maxima, then the k
@@ -28,7 +28,8 @@ def top_k(scores: tf.Tensor, k: int, group: int = GROUP) -> tuple[tf.Tensor, tf.
 
     Args:
         scores: `[B, I]` float, without NaN; B and I may be unknown until the graph runs.
-        k: how many; when I is smaller, rows are filled up with a score of -inf at item 0.
+        k: how many, a scalar tensor where only the graph knows; when I is smaller, rows are filled up with a score of
+            -inf at item 0.
         group: items per group.
 
     Returns values `[B, k]`, descending, and item numbers int32 `[B, k]`. A value of -inf means that there is no item
@@ -48,13 +49,16 @@ def top_k(scores: tf.Tensor, k: int, group: int = GROUP) -> tuple[tf.Tensor, tf.
 
     # Below this size the two stages look at about as many numbers as one sort of everything.
     small = 2 * k * group
-    if scores.shape[1] is not None:
+    if scores.shape[1] is not None and isinstance(k, int):
         return direct() if scores.shape[1] <= small else grouped()
     values, numbers = tf.cond(items <= small, direct, grouped)
-    return tf.ensure_shape(values, [scores.shape[0], k]), tf.ensure_shape(numbers, [scores.shape[0], k])
+    shape = [scores.shape[0], k if isinstance(k, int) else None]
+    return tf.ensure_shape(values, shape), tf.ensure_shape(numbers, shape)
 
 
-def select(scores: tf.Tensor, items: tf.Tensor | int, k: int, group: int = GROUP) -> tuple[tf.Tensor, tf.Tensor]:
+def select(
+    scores: tf.Tensor, items: tf.Tensor | int, k: tf.Tensor | int, group: int = GROUP
+) -> tuple[tf.Tensor, tf.Tensor]:
     """`top_k` for scores `[B, G * group]` that are padded already; only the first `items` columns count.
 
     Columns from `items` on lie in the last group and may hold anything, so that a caller can pad a table of vectors

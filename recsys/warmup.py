@@ -15,6 +15,7 @@ from fusion.types import Features
 from recsys.collaborative.base import PADDING
 from recsys.collaborative.content import Contents, read_items
 from recsys.core import RankingCore
+from recsys.growing import ADD_ITEMS
 
 if TYPE_CHECKING:
     from recsys.ranking_task import RankingTask
@@ -29,11 +30,13 @@ def ranking_requests(
     task: RankingTask, core: RankingCore, contents: Mapping[str, Contents], signatures: Mapping[str, Signature]
 ) -> Iterator[Request]:
     """For every signature requests of one row and of more: visitors with the histories of users, and every other row a
-    user who is known. Where a signature takes users, also a known one alone."""
+    user who is known. Where a signature takes users, also a known one alone. What changes the model has none."""
     asked = [_inputs(task, core, rows) for rows in BATCHES]
     known = {name: array[1:2] for name, array in asked[-1].items()} | {"history": np.full((1, 1), "", object)}
     of_examples = {f"{kind}_{name}": read for name, read in contents.items() for kind in ("embed_item", "search")}
     for name, signature in signatures.items():
+        if name == ADD_ITEMS:
+            continue
         examples = _examples(task, of_examples[name]) if name in of_examples else {}
         for inputs in (*asked, *([known] if "user_id" in signature.inputs else [])):
             given = inputs | {feature: array[: len(inputs["k"])] for feature, array in examples.items()}

@@ -20,6 +20,7 @@ import numpy as np
 from fusion.export.manifest import Signature
 from serving.errors import DeadlineExceeded, Overloaded, ServingError, Unavailable
 from serving.inputs import Arrays
+from serving.limits import check_bounds
 from serving.metrics import METRICS
 
 logger = logging.getLogger(__name__)
@@ -38,21 +39,22 @@ FIRST_GUESS_S = 0.05
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How requests are put together; each number is at least 1.
+    """How requests are put together and computed.
 
     Attributes:
         max_rows: most rows of one call of the graph. A request with more is computed alone.
         queue: most requests that wait, for one version of one model.
-        threads: calls of the graph at once. TensorFlow uses all cores in one call, so one is usually best.
+        threads: calls of the graph at once. TensorFlow uses all its cores in one call, so one is usually best.
+        cores: that TensorFlow keeps busy; None is all.
     """
 
     max_rows: int = 64
     queue: int = 256
     threads: int = 1
+    cores: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.max_rows, self.queue, self.threads) < 1:
-            raise ValueError(f"rows, queue and threads of batching must be at least 1; received {self}.")
+        check_bounds(self)
 
 
 @dataclass(eq=False)
@@ -164,9 +166,9 @@ class Batcher:
 
     def _key(self, signature: str, arrays: Arrays) -> tuple[object, ...]:
         """Requests with the same key can be computed in one call."""
-        padded = signature in self._paddable
-        shapes = (_width(array) if padded and _is_list(array) else array.shape[1:] for array in arrays.values())
-        return (signature, *shapes)
+        if signature not in self._paddable:
+            return (signature, *[array.shape[1:] for array in arrays.values()])
+        return (signature, *[_width(array) if _is_list(array) else array.shape[1:] for array in arrays.values()])
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
@@ -262,7 +264,7 @@ def _is_list(array: np.ndarray) -> bool:
 
 def _width(array: np.ndarray) -> int:
     width: int = array.shape[1]
-    return max(ALIKE, 1 << max(width - 1, 0).bit_length())
+    return ALIKE if width <= ALIKE else 1 << (width - 1).bit_length()
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

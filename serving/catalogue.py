@@ -5,7 +5,6 @@ Each file is read once, when it is first needed; nothing is read again until ano
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, unknown
 
 ITEMS, USERS, VECTORS = "items.parquet", "users.parquet", "item_vectors.npy"
 ITEM_ID, USER_ID, TITLE, IMAGE = "item_id", "user_id", "title", "image"
@@ -80,16 +79,35 @@ class Catalogue:
         return self._vectors is not None
 
     def vectors(self, item_ids: Sequence[str]) -> np.ndarray:
-        """Unit vectors float32 `[N, D]` of known items, zeros for an item that has none.
+        """Unit vectors float32 `[N, D]` of known items, zeros for an item that has none, as new items have.
 
         Raises InvalidRequest when the artifact has no vectors.
         """
         if self._vectors is None:
             raise InvalidRequest("'diversity' must be 0: this artifact has no item vectors; export the run again.")
-        found = np.asarray(self._vectors[[self.rows[item] for item in item_ids]], np.float32)
+        rows = np.array([self.rows[item] for item in item_ids], np.int64)
+        there = rows < len(self._vectors)
+        found = np.zeros((len(rows), self._vectors.shape[1]), np.float32)
+        found[there] = self._vectors[rows[there]]
         lengths = np.linalg.norm(found, axis=1, keepdims=True)
         unit: np.ndarray = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
         return unit
+
+    def with_items(self, items: Sequence[Mapping[str, Any]]) -> Catalogue:
+        """This catalogue with new items behind the others, each with an `item_id` and the cells of some columns; others
+        than those of the catalogue are left out. What reads this one goes on undisturbed. Raises as `check` does.
+        """
+        known, new = self.items, Catalogue(self.folder)
+        new.items = pa.concat_tables([known, pa.table(self.check(items), known.schema)])
+        ids = [str(item[ITEM_ID]) for item in items]
+        new.item_ids = [*self.item_ids, *ids]
+        new.rows = {**self.rows, **{item: row for row, item in enumerate(ids, len(self.item_ids))}}
+        new.titles = [*self.titles, *(str(item.get(TITLE) or "") if TITLE in self.columns else "" for item in items)]
+        return new
+
+    def check(self, items: Sequence[Mapping[str, Any]]) -> list[pa.Array]:
+        """The cells of new items as columns of the catalogue's types. Raises InvalidRequest where one does not fit."""
+        return [_cells(items, field) for field in self.items.schema]
 
     def allowed(self, filters: Mapping[str, Collection[str]]) -> list[str]:
         """Ids of the items that have, in every column named, one of its values.
@@ -145,18 +163,19 @@ class Catalogue:
             return self._columns[column]
 
 
-def unknown(name: str, known: Collection[str]) -> str:
-    """Half a sentence: what was received, and the nearest of the names that are known."""
-    if not known:
-        return f"received '{name[:100]}', and there are none"
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"received '{name[:100]}'" + (
-        f"; did you mean '{nearest[0]}'?" if nearest else f", known are {', '.join(sorted(known))}"
-    )
-
-
 def _table(path: Path, id_column: str) -> pa.Table:
     return pq.read_table(path) if path.is_file() else pa.table({id_column: pa.array([], pa.string())})
+
+
+def _cells(items: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:
+    """A column of new items; pictures lie in the artifact's folder, where a new item has none."""
+    values = [None if field.name == IMAGE else item.get(field.name) for item in items]
+    try:
+        if pa.types.is_nested(field.type) and any(isinstance(value, str) for value in values):
+            raise TypeError("a text is no list")  # Arrow would take its letters
+        return pa.array(values, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"'{field.name}' must be of the column's type, {field.type}; {error}.") from error
 
 
 def _texts(table: pa.Table, column: str) -> list[str]:

@@ -9,6 +9,7 @@
     ├── UnknownSignature    FAILED_PRECONDITION  404   the artifact has no signature of this name
     ├── UnknownModel        NOT_FOUND            404   no such model, or no such version of it, is being served
     ├── UnknownItem         NOT_FOUND            404   the artifact has no item of this id
+    ├── ItemExists          ALREADY_EXISTS       409   an item of this id is there already
     ├── NotWritable         RESOURCE_EXHAUSTED   507   the disk takes no more of what a batch job writes
     ├── Overloaded          RESOURCE_EXHAUSTED   429   no memory, or no place in a queue, for this request now
     ├── Unavailable         UNAVAILABLE          503   the server is stopping, or the version just went
@@ -24,6 +25,8 @@ This is the only kind of error that leaves `serving`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import ClassVar
 
 
@@ -81,6 +84,13 @@ class UnknownItem(ServingError):
 
     grpc_code = "NOT_FOUND"
     http_status = 404
+
+
+class ItemExists(ServingError):
+    """An item of this id is being served already, or stands in the request before."""
+
+    grpc_code = "ALREADY_EXISTS"
+    http_status = 409
 
 
 class Overloaded(ServingError):
@@ -151,3 +161,13 @@ class ArtifactRefused(ServingError):
 
     grpc_code = "FAILED_PRECONDITION"
     http_status = 503
+
+
+def unknown(name: str, known: Collection[str]) -> str:
+    """Half a sentence: what was received, and the nearest of the names that are known."""
+    if not known:
+        return f"received '{name[:100]}', and there are none"
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"received '{name[:100]}'" + (
+        f"; did you mean '{nearest[0]}'?" if nearest else f", known are {', '.join(sorted(known))}"
+    )

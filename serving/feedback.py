@@ -83,7 +83,7 @@ class FeedbackLog:
             lines.append(json.dumps({**facts, "timestamp": facts.get("timestamp", int(now))}, ensure_ascii=True) + "\n")
         try:
             with self._lock:
-                self._write(self._today(now), "".join(lines).encode("ascii"))
+                append_whole(self._today(now), "".join(lines).encode("ascii"))
         except OSError as error:
             raise ServingError(
                 f"the feedback was not kept: the disk answered '{error.strerror}'. Send it again."
@@ -97,19 +97,6 @@ class FeedbackLog:
                 self._file.close()
             self._day, self._file = "", None
 
-    def _write(self, file: FileIO, content: bytes) -> None:
-        """All of it or nothing: who is told that it was not kept sends it again."""
-        end = os.fstat(file.fileno()).st_size
-        try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):  # what is said is why it was not kept
-                file.truncate(end)
-            raise
-
     def _today(self, now: float) -> FileIO:
         day = time.strftime("%Y%m%d", time.gmtime(now))
         if self._file is None or day != self._day:
@@ -118,6 +105,23 @@ class FeedbackLog:
             self._day = day
             self._file = FileIO(self.folder / f"feedback-{day}-{self._writer}.jsonl", "ab")
         return self._file
+
+
+def append_whole(file: FileIO, content: bytes) -> None:
+    """Appends all of it, on the disk when this returns, or nothing: who is told that it was not kept sends it again.
+
+    Raises OSError.
+    """
+    end = os.fstat(file.fileno()).st_size
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):  # what is said is why it was not kept
+            file.truncate(end)
+        raise
 
 
 def parse_events(body: object) -> list[Event]:

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from fusion.export.manifest import TensorSpec
-from serving.errors import InvalidRequest, LimitExceeded
+from fusion.export.manifest import Manifest, Signature, TensorSpec
+from serving.errors import InvalidRequest, LimitExceeded, UnknownSignature
 from serving.limits import Limits
 
 Arrays = dict[str, np.ndarray]
+NO_TEXT = np.full((1, 1), b"", object)
+"""An empty list of text; shared, so nobody may write to it."""
+NO_TEXT.setflags(write=False)
 
 
 def recommend_inputs(
@@ -42,6 +45,11 @@ def recommend_inputs(
     }
 
 
+def first_items(answer: Arrays, k: int) -> Arrays:
+    """The lists of an answer, which are padded to `k_max`, cut to k items."""
+    return {name: value if name == "known_user" else value[..., :k] for name, value in answer.items()}
+
+
 def pad_strings(lists: Sequence[Sequence[str]]) -> np.ndarray:
     """Lists of text as one object array `[B, L]` of UTF-8 bytes, padded with `b''`.
 
@@ -52,6 +60,23 @@ def pad_strings(lists: Sequence[Sequence[str]]) -> np.ndarray:
     for row, values in enumerate(lists):
         padded[row, : len(values)] = [_utf8(value, "the list") for value in values]
     return padded
+
+
+def text_row(values: Sequence[bytes]) -> np.ndarray:
+    """One list of text as `pad_strings` gives it, of values that are UTF-8 already."""
+    if not values:
+        return NO_TEXT
+    row = np.full((1, 1 << (len(values) - 1).bit_length()), b"", object)
+    row[0, : len(values)] = values
+    return row
+
+
+def signature_of(manifest: Manifest, name: str) -> Signature:
+    """The inputs and outputs of a signature. Raises UnknownSignature, with the names that there are."""
+    if name not in manifest.signatures:
+        known = ", ".join(sorted(manifest.signatures))
+        raise UnknownSignature(f"the artifact has the signatures {known}; received '{name[:100]}'.")
+    return manifest.signatures[name]
 
 
 def check_inputs(specs: Mapping[str, TensorSpec], inputs: Mapping[str, Any], limits: Limits) -> Arrays:

@@ -11,8 +11,7 @@ from tensorflow.core.example.feature_pb2 import Feature
 from tensorflow_serving.apis.input_pb2 import Input
 
 from fusion.export.manifest import Signature
-from serving.catalogue import unknown
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, unknown
 from serving.inputs import Arrays
 from serving.json_tensors import decoded
 from serving.tf_examples import classified, regressed

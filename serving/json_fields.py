@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from serving.catalogue import unknown
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, unknown
 
 
 def text(value: Any) -> str:

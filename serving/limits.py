@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
+
+LISTS = frozenset({"history", "candidates", "exclude", "include"})
+"""Inputs whose second axis has the bound of their name."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,16 @@ class Limits:
     total_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"the limit '{field.name}' must be at least 1; received {getattr(self, field.name)}.")
+        check_bounds(self)
 
     def length(self, name: str) -> int | None:
         """The bound of the second axis of the input `name`, None when there is none."""
-        bounds = {
-            "history": self.history,
-            "candidates": self.candidates,
-            "exclude": self.exclude,
-            "include": self.include,
-        }
-        return bounds.get(name)
+        return getattr(self, name) if name in LISTS else None
+
+
+def check_bounds(settings: Any) -> None:
+    """Raises ValueError, with the name of the first that is not, unless all numbers of a dataclass are above 0."""
+    for field in fields(settings):
+        bound = getattr(settings, field.name)
+        if isinstance(bound, int | float) and not bound > 0:
+            raise ValueError(f"the bound '{field.name}' must be above 0; received {bound}.")

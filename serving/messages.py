@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 BEST, FAST = "best", "fast"
 PROFILES = (BEST, FAST)
@@ -60,8 +61,7 @@ class SimilarRequest:
     label: str = ""
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One place of a list: id, score, and what each member that spoke added to the score."""
 
     item_id: str

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from serving.files import replace_text
+
 logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -148,11 +150,9 @@ class Metrics:
         """Writes this process's numbers for the others. A disk that refuses costs numbers, not the server."""
         if self._shared is not None:
             path = self._shared / f"{os.getpid()}.json"
-            partial = path.with_suffix(".partial")
             rows = [[name, labels, sample] for (name, labels), sample in self._own().items()]
             try:
-                partial.write_text(json.dumps(rows), encoding="utf-8")
-                os.replace(partial, path)
+                replace_text(path, json.dumps(rows))
             except OSError as error:
                 logger.error("the numbers for the other processes cannot be written: %s", error.strerror)
 
@@ -173,7 +173,7 @@ class Metrics:
 
     def _of_others(self) -> Iterator[tuple[str, Labels, list[float]]]:
         """What other processes wrote. Of those that have ended the counts stay, so that no counter ever falls."""
-        for path in self._shared.glob("*.json") if self._shared else ():
+        for path in self._shared.glob("[0-9]*.json") if self._shared else ():  # orders are kept there as well
             if path.stem == str(os.getpid()):
                 continue
             alive = psutil.pid_exists(int(path.stem))

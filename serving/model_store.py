@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import enum
+import fcntl
 import functools
 import gc
 import json
@@ -31,9 +32,11 @@ from typing import Any
 
 import psutil
 
+from fusion.export.manifest import Manifest
 from serving.batching import Batcher, BatchSettings
 from serving.errors import (
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
     NotPossible,
     Overloaded,
@@ -41,10 +44,13 @@ from serving.errors import (
     Unavailable,
     UnknownLabel,
     UnknownModel,
+    unknown,
 )
+from serving.files import replace_text, stamp
 from serving.graph import GRAPH_FILE, read_graph, signature_defs
 from serving.inputs import Arrays
 from serving.limits import Limits
+from serving.members import asked_apart
 from serving.metrics import METRICS, Labels
 from serving.model_config import ModelConfig as ModelConfig
 from serving.model_config import check_configs
@@ -54,6 +60,8 @@ from serving.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
+ADD_ITEMS = "add_items"
+"""The signature that changes a model: it is for administrators, who do not come through the queue."""
 CANARY = "canary"
 """The label whose version gets a share of the requests that name neither version nor label."""
 MEMORY_FACTOR = 1.2
@@ -130,16 +138,32 @@ class Servable:
         self.warmed = 0
         self._batcher = Batcher(predictor.run, predictor.manifest.signatures, settings, name)
 
-    def submit(self, signature: str, inputs: Mapping[str, Any], deadline: float | None = None) -> Future[Arrays]:
-        """Checks the inputs and puts them into the queue (`Batcher.submit`); raises as `Predictor.check` does, too."""
-        checked, started = self.predictor.check(signature, inputs), time.monotonic()
-        future = self._batcher.submit(signature, checked, deadline)
-        if self._called is not None:
-            called = self._called
-            future.add_done_callback(
-                lambda done: called(self, signature, checked, done.result, time.monotonic() - started)
-            )
+    def submit(self, signature: str, arrays: Arrays, deadline: float | None = None) -> Future[Arrays]:
+        """Puts checked inputs into the queue (`Predictor.check`, `Batcher.submit`). Raises Forbidden for ADD_ITEMS."""
+        if signature == ADD_ITEMS:
+            raise Forbidden("'add_items' is for administrators: POST /v1/admin/items on the door of administration.")
+        started = time.monotonic()
+        future = self._batcher.submit(signature, arrays, deadline)
+        self._watch(future, signature, arrays, started)
         return future
+
+    def aside(self, signature: str, arrays: Arrays) -> Arrays:
+        """The outputs for checked inputs, computed at once and beside the queue, in which what hangs keeps everybody
+        waiting. Raises as `Predictor.run` does."""
+        future: Future[Arrays] = Future()
+        self._watch(future, signature, arrays, time.monotonic())
+        try:
+            future.set_result(self.predictor.run(signature, arrays))
+        except ServingError as error:
+            future.set_exception(error)
+        return future.result()
+
+    def _watch(self, future: Future[Arrays], signature: str, arrays: Arrays, started: float) -> None:
+        called = self._called
+        if called is not None:
+            future.add_done_callback(
+                lambda done: called(self, signature, arrays, done.result, time.monotonic() - started)
+            )
 
     def call(self, signature: str, inputs: Mapping[str, Any], deadline: float | None = None) -> Arrays:
         """The outputs of one signature by name, computed together with what else waits.
@@ -151,7 +175,7 @@ class Servable:
 
         Raises what `Predictor.predict` raises, Overloaded for a full queue, DeadlineExceeded.
         """
-        future = self.submit(signature, inputs, deadline)
+        future = self.submit(signature, self.predictor.check(signature, inputs), deadline)
         try:
             return future.result(None if deadline is None else max(deadline - time.monotonic(), 0.0))
         except FutureTimeout as error:
@@ -199,6 +223,7 @@ class _Model:
     config: ModelConfig
     versions: dict[int, _Version] = field(default_factory=dict)
     withdrawn: set[int] = field(default_factory=set)  # by a rollback
+    dropped: frozenset[str] = frozenset()  # members
     calls: int = 0  # without version and label, to share them out
 
     def available(self) -> list[int]:
@@ -223,9 +248,10 @@ class ModelStore:
         batching: how requests are put together.
         retries: how often a version that does not load is tried.
         shared: a file through which the processes of one server tell each other of changes that were ordered by
-            `reload`, `assign_label` and `rollback`; None for a single process.
+            `reload`, `assign_label`, `rollback`, `drop_member` and `restore_member`; None for a single process.
         free_memory: bytes that a new version may take.
         called: told of every call that has ended, see `serving.watching.Watching.called`.
+        prepare: gets a new version when it is loaded and warm, before it takes over; see `serving.new_items`.
 
     Raises InvalidRequest for a list that names a model twice or contradicts itself.
     """
@@ -239,9 +265,10 @@ class ModelStore:
         shared: Path | None = None,
         free_memory: Callable[[], int] | None = None,
         called: Called | None = None,
+        prepare: Callable[[Servable], None] | None = None,
     ) -> None:
         check_configs(models)
-        self._called = called
+        self._called, self._prepare = called, prepare
         self._limits, self._batching = limits or Limits(), batching or BatchSettings()
         self._retries, self._shared = retries or Retries(), shared
         self._free_memory = free_memory or available_memory
@@ -251,7 +278,7 @@ class ModelStore:
         self._work = threading.RLock()  # of loading and unloading; held for as long as it takes
         self._wake = threading.Event()
         self._closed = self._draining = False
-        self._seen_shared: tuple[int, int] | None = None
+        self._seen_shared: tuple[int, ...] = ()
         self._thread: threading.Thread | None = None
         self._unwatch = METRICS.watch(self._gauges)
 
@@ -313,6 +340,11 @@ class ModelStore:
             model = self._model(name)
             return {label: n for label, n in model.config.labels.items() if n in model.available()}
 
+    def dropped(self, name: str) -> frozenset[str]:
+        """The members that answers of a model are made without; empty where the model has just gone."""
+        model = self._models.get(name)
+        return frozenset() if model is None else model.dropped
+
     def _model(self, name: str) -> _Model:
         if not name and len(self._models) == 1:
             return next(iter(self._models.values()))
@@ -358,14 +390,14 @@ class ModelStore:
         """Serves exactly `models` from now on, as `HandleReloadConfigRequest` means it; returns when they answer.
 
         A model that is new, or whose folder changed, is loaded before anything is given up; where that fails nothing
-        changes. Rollbacks are forgotten.
+        changes. Rollbacks are forgotten; members that were dropped stay out while the model keeps its folder.
 
         Raises:
             InvalidRequest: the list contradicts itself.
             NotPossible: a new model has no version that loads, or a label's version is not available.
         """
         check_configs(models)
-        with self._work:
+        with self._ordered():
             fresh = self._loaded_first(models)
             with self._lock:
                 gone = [model for model in self._models.values() if model not in fresh.values()]
@@ -377,7 +409,6 @@ class ModelStore:
                     self._follow(fresh[config.name], config)
             finally:
                 self._release_idle()
-                self._tell()
 
     def _follow(self, model: _Model, config: ModelConfig) -> None:
         """Serves a model as it is configured now; its labels move once their versions are available."""
@@ -411,12 +442,10 @@ class ModelStore:
 
     def assign_label(self, name: str, label: str, version: int) -> None:
         """From now on `label` means this version. Raises UnknownModel, and NotPossible when it is not available."""
-        with self._work:
-            with self._lock:
-                model = self._model(name)
-                self._check_label(model, label, version)
-                model.config = dataclasses.replace(model.config, labels={**model.config.labels, label: version})
-            self._tell()
+        with self._ordered(), self._lock:
+            model = self._model(name)
+            self._check_label(model, label, version)
+            model.config = dataclasses.replace(model.config, labels={**model.config.labels, label: version})
 
     def rollback(self, name: str) -> int:
         """Goes back to the version before the newest one that is available, and returns its number.
@@ -426,7 +455,7 @@ class ModelStore:
 
         Raises UnknownModel, and NotPossible when no earlier version can be loaded.
         """
-        with self._work:
+        with self._ordered():
             model = self._model(name)
             available = model.available()
             if not available:
@@ -437,9 +466,45 @@ class ModelStore:
                     with self._lock:
                         model.withdrawn |= {later for later in found if later > number}
                     self._align(model)
-                    self._tell()
                     return number
             raise NotPossible(f"'{name}' has no version before {available[-1]} that can be loaded.")
+
+    def drop_member(self, name: str, member: str) -> None:
+        """From now on answers of a model are made without this member, whatever the version, until `restore_member`.
+
+        Raises UnknownModel; InvalidRequest when no version has such a member; NotPossible when a version would be left
+        without members, or cannot do without one of them.
+        """
+        with self._ordered(), self._lock:
+            model = self._model(name)
+            dropped = model.dropped | {member}
+            for manifest in self._with_member(model, member):
+                if not asked_apart(manifest) or dropped.issuperset(manifest.members):
+                    raise NotPossible(
+                        f"'{member}' can be left out only where another member stays, of an artifact with the "
+                        f"signatures that ask members one by one; of {', '.join(manifest.members)} these are out: "
+                        f"{', '.join(sorted(model.dropped)) or 'none'}."
+                    )
+            model.dropped = dropped
+
+    def restore_member(self, name: str, member: str) -> None:
+        """Takes back `drop_member`. Raises UnknownModel, and InvalidRequest when there is no such member."""
+        with self._ordered(), self._lock:
+            model = self._model(name)
+            if member not in model.dropped:
+                self._with_member(model, member)
+            model.dropped -= {member}
+
+    @staticmethod
+    def _with_member(model: _Model, member: str) -> list[Manifest]:
+        """What the available versions that have this member say about themselves."""
+        servables = [model.versions[number].servable for number in model.available()]
+        manifests = [servable.predictor.manifest for servable in servables if servable is not None]
+        found = [manifest for manifest in manifests if member in manifest.members]
+        if not found:
+            known = sorted({name for manifest in manifests for name in manifest.members})
+            raise InvalidRequest(f"a member of '{model.config.name}' must be named; {unknown(member, known)}.")
+        return found
 
     def _check_label(self, model: _Model, label: str, version: int) -> None:
         if version not in model.available():
@@ -561,10 +626,12 @@ class ModelStore:
                 f"version {version.number} of '{name}' needs about {needed / 1e6:,.0f} MB of memory; "
                 f"{free / 1e6:,.0f} MB are free. Serve fewer versions at once, or give the machine more."
             )
-        predictor = Predictor.load(version.folder, self._limits)
+        predictor = Predictor.load(version.folder, self._limits, self._batching.cores)
         servable = Servable(name, version.number, predictor, version.folder, self._batching, self._called)
         try:
             servable.warmed = warm_up(version.folder, servable.call)
+            if self._prepare is not None:
+                self._prepare(servable)
         except BaseException:
             servable.close()
             raise
@@ -613,36 +680,59 @@ class ModelStore:
 
     # ---- several processes ---------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _ordered(self) -> Iterator[None]:
+        """Around an order: what other processes were ordered is done first, and they are told afterwards. One process
+        at a time, or of two orders at the same moment the first would be overwritten."""
+        with self._work, self._alone():
+            self._hear()
+            try:
+                yield
+            finally:
+                self._tell()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._shared is None:
+            yield
+            return
+        with self._shared.with_suffix(".lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # until it is closed, or the process has died
+            yield
+
     def _tell(self) -> None:
-        """Writes what was ordered, for the other processes and for those that start later."""
+        """Writes what was ordered, for the other processes and for those that start later. The file lives no longer
+        than the server, so it need not outlive the machine."""
         if self._shared is None:
             return
         with self._lock:
             content = [
-                {**dataclasses.asdict(m.config), "folder": str(m.config.folder), "withdrawn": sorted(m.withdrawn)}
+                {
+                    **dataclasses.asdict(m.config),
+                    "folder": str(m.config.folder),
+                    "withdrawn": sorted(m.withdrawn),
+                    "dropped": sorted(m.dropped),
+                }
                 for m in self._models.values()
             ]
-        partial = self._shared.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, self._shared)
-        self._seen_shared = _stamp(self._shared)
+        replace_text(self._shared, json.dumps(content))
+        self._seen_shared = stamp(self._shared)
 
     def _hear(self) -> None:
         """Does what another process was ordered to do."""
-        stamp = _stamp(self._shared) if self._shared is not None else None
-        if self._shared is None or stamp == self._seen_shared:
+        if self._shared is None or (seen := stamp(self._shared)) == self._seen_shared:
             return
-        self._seen_shared = stamp
+        self._seen_shared = seen
         orders = json.loads(self._shared.read_text(encoding="utf-8"))
         fresh = {}
         for order in orders:
-            withdrawn = set(order.pop("withdrawn"))
+            withdrawn, dropped = set(order.pop("withdrawn")), frozenset(order.pop("dropped"))
             versions = None if order["versions"] is None else tuple(order["versions"])
             config = ModelConfig(**{**order, "folder": Path(order["folder"]), "versions": versions})
             old = self._models.get(config.name)
             model = old if old is not None and old.config.folder == config.folder else _Model(config)
             with self._lock:
-                model.config, model.withdrawn = config, withdrawn
+                model.config, model.withdrawn, model.dropped = config, withdrawn, dropped
             self._align(model)  # before an old one of its name goes
             fresh[config.name] = model
         with self._lock:
@@ -695,11 +785,3 @@ def release_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_ino

@@ -252,12 +252,11 @@ class Monitor:
         return found
 
 
-class _Bins:
-    """The last values of a number, as counts of the bins of its training histogram."""
+class _Window:
+    """How often each bin was met among the last `size` values."""
 
-    def __init__(self, histogram: Histogram, size: int) -> None:
-        self.histogram = histogram
-        self.counts = np.zeros(len(histogram.counts), np.int64)
+    def __init__(self, bins: int, size: int) -> None:
+        self.counts = np.zeros(bins, np.int64)
         self._last: deque[int] = deque()
         self._size = size
 
@@ -268,38 +267,36 @@ class _Bins:
     def full(self) -> bool:
         return len(self._last) == self._size
 
-    def add(self, value: float) -> None:
+    def put(self, place: int) -> None:
         if self.full:
             self.counts[self._last.popleft()] -= 1
-        place = self.histogram.bin_of(value)
         self._last.append(place)
         self.counts[place] += 1
 
 
-class _Share:
+class _Bins(_Window):
+    """The last values of a number, as counts of the bins of its training histogram."""
+
+    def __init__(self, histogram: Histogram, size: int) -> None:
+        super().__init__(len(histogram.counts), size)
+        self.histogram = histogram
+
+    def add(self, value: float) -> None:
+        self.put(self.histogram.bin_of(value))
+
+
+class _Share(_Window):
     """The share of true ones among the last flags."""
 
     def __init__(self, size: int) -> None:
-        self._last: deque[bool] = deque()
-        self._true = 0
-        self._size = size
-
-    def __len__(self) -> int:
-        return len(self._last)
-
-    @property
-    def full(self) -> bool:
-        return len(self._last) == self._size
+        super().__init__(2, size)
 
     @property
     def value(self) -> float:
-        return self._true / len(self._last) if self._last else 0.0
+        return float(self.counts[1]) / len(self) if len(self) else 0.0
 
     def add(self, flag: bool) -> None:
-        if self.full:
-            self._true -= self._last.popleft()
-        self._last.append(bool(flag))
-        self._true += bool(flag)
+        self.put(int(flag))
 
 
 class _Moving:

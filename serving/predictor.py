@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from fusion.export.manifest import EngineError, Manifest, Signature, verify_manifest
-from serving.errors import ArtifactRefused, InvalidRequest, Overloaded, ServingError, UnknownSignature
+from serving.errors import ArtifactRefused, InvalidRequest, Overloaded, ServingError
 from serving.graph import check_operations, read_graph
+from serving.graph_session import GraphSession
 from serving.inputs import Arrays as Arrays
-from serving.inputs import check_inputs, recommend_inputs
+from serving.inputs import check_inputs, first_items, recommend_inputs, signature_of
 from serving.inputs import pad_strings as pad_strings
 from serving.limits import Limits
 
@@ -31,31 +32,38 @@ class Predictor:
         limits: how large a request may be.
     """
 
-    def __init__(self, model: Any, manifest: Manifest, limits: Limits) -> None:
+    def __init__(self, graph: GraphSession, manifest: Manifest, limits: Limits) -> None:
         self.manifest = manifest
         self.limits = limits
-        self._model = model  # owns the variables of the signatures
+        self._graph = graph
 
     @classmethod
-    def load(cls, artifact_folder: str | Path, limits: Limits | None = None) -> Predictor:
+    def load(cls, artifact_folder: str | Path, limits: Limits | None = None, cores: int | None = None) -> Predictor:
         """Verifies the artifact's manifest and what its graph may do, and loads its SavedModel.
 
-        The largest `k` is the smaller one of `limits.k` and the artifact's own `k_max`. Raises ArtifactRefused.
+        The largest `k` is the smaller one of `limits.k` and the artifact's own `k_max`.
+
+        Args:
+            artifact_folder: of one version.
+            limits: how large a request may be.
+            cores: that one call of the graph may keep busy; None is all. The first artifact of a process decides.
+
+        Raises ArtifactRefused.
         """
         limits = limits or Limits()
         try:
             manifest = verify_manifest(artifact_folder)
             check_operations(read_graph(Path(artifact_folder)))
-            model = tf.saved_model.load(str(artifact_folder))
+            graph = GraphSession(Path(artifact_folder), cores)
         except EngineError as error:
             raise ArtifactRefused(str(error)) from error
-        except (OSError, ValueError, tf.errors.OpError) as error:
+        except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
             raise ArtifactRefused(f"{artifact_folder} must be a SavedModel; TensorFlow answered: {error}.") from error
-        missing = set(manifest.signatures) - set(model.signatures)
+        missing = set(manifest.signatures) - graph.signatures
         if missing:
             raise ArtifactRefused(f"{artifact_folder} must have its manifest's signatures; it lacks {sorted(missing)}.")
         k_max = min(limits.k, manifest.limits.get("k_max", limits.k))
-        return cls(model, manifest, dataclasses.replace(limits, k=k_max))
+        return cls(graph, manifest, dataclasses.replace(limits, k=k_max))
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -91,10 +99,8 @@ class Predictor:
 
         Raises InvalidRequest, Overloaded and ServingError as `predict` does.
         """
-        tensors = {name: tf.constant(value) for name, value in arrays.items()}
         try:
-            outputs = self._model.signatures[signature](**tensors)
-            return {name: value.numpy() for name, value in outputs.items()}
+            return self._graph.run(signature, arrays)
         except tf.errors.InvalidArgumentError as error:
             raise InvalidRequest(f"'{signature}' cannot answer these inputs: {error.message}.") from error
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
@@ -104,10 +110,7 @@ class Predictor:
 
     def signature(self, name: str) -> Signature:
         """The inputs and outputs of a signature. Raises UnknownSignature."""
-        if name not in self.manifest.signatures:
-            known = ", ".join(sorted(self.manifest.signatures))
-            raise UnknownSignature(f"the artifact has the signatures {known}; received '{name[:100]}'.")
-        return self.manifest.signatures[name]
+        return signature_of(self.manifest, name)
 
     def recommend(
         self,
@@ -130,8 +133,7 @@ class Predictor:
         Returns `item_ids` `[B, k]` bytes (`b''` beyond the last), `scores` float32 `[B, k]`, `contributions`
         float32 `[B, S, k]` that sum to the scores up to the ensemble's bias, `known_user` bool `[B]`.
         """
-        answer = self.predict("recommend", recommend_inputs(user_ids, histories, k, exclude, include))
-        return {name: value if name == "known_user" else value[..., :k] for name, value in answer.items()}
+        return first_items(self.predict("recommend", recommend_inputs(user_ids, histories, k, exclude, include)), k)
 
     def similar_items(self, item_ids: Sequence[str], k: int = 10) -> Arrays:
         """The k items most like each of B items, and never the item itself; an unknown item is like nothing.
@@ -139,8 +141,8 @@ class Predictor:
         Returns `item_ids` `[B, k]` bytes (`b''` beyond the last), `scores` float32 `[B, k]`, `contributions` float32
         `[B, S, k]`.
         """
-        answer = self.predict("similar_items", {"item_id": list(item_ids), "k": np.full(len(item_ids), k, np.int64)})
-        return {name: value[..., :k] for name, value in answer.items()}
+        asked = {"item_id": list(item_ids), "k": np.full(len(item_ids), k, np.int64)}
+        return first_items(self.predict("similar_items", asked), k)
 
     def search(self, name: str, inputs: Mapping[str, Any], k: int = 10) -> Arrays:
         """The k items nearest to B examples by the cosine of the embeddings of `name` (a member that reads content).
@@ -153,5 +155,4 @@ class Predictor:
         Returns `item_ids` `[B, k]` bytes (`b''` beyond the last) and `scores` float32 `[B, k]`, the cosines.
         """
         rows = len(next(iter(inputs.values()), ()))
-        answer = self.predict(f"search_{name}", {**inputs, "k": np.full(rows, k, np.int64)})
-        return {output: value[..., :k] for output, value in answer.items()}
+        return first_items(self.predict(f"search_{name}", {**inputs, "k": np.full(rows, k, np.int64)}), k)

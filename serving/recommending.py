@@ -16,13 +16,14 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from fusion.export.manifest import Manifest
-from serving.catalogue import Catalogue, unknown
+from serving.catalogue import Catalogue
 from serving.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -33,17 +34,18 @@ from serving.errors import (
     UnknownItem,
     UnknownModel,
     UnknownSignature,
+    unknown,
 )
-from serving.inputs import Arrays, pad_strings
+from serving.inputs import Arrays, text_row
 from serving.limits import Limits
-from serving.members import FUSE, PREFIX, SILENT, Breaker, Members
+from serving.members import SILENT, Breaker, Members, asked_apart
 from serving.messages import BEST, FAST, PROFILES, Item, ItemList, RecommendRequest, SimilarRequest
 
 if TYPE_CHECKING:
     from serving.model_store import ModelStore, Servable
 
-WHOLE_SHARE, MEMBERS_SHARE = 0.5, 0.9
-"""Parts of the time after which `recommend`, and then the members, are no longer waited for."""
+WHOLE_SHARE, MEMBERS_SHARE = 0.5, 0.8
+"""Parts of the time after which `recommend`, and then the members, are no longer waited for; the rest is for `fuse`."""
 SIGNATURES = {BEST: "recommend", FAST: "recommend_fast"}
 STUDENT = "student"
 """Whose contributions `recommend_fast` returns, where the manifest does not name it."""
@@ -84,7 +86,7 @@ class _Asked:
         signature: that answers.
         names: whose contributions it returns.
         inputs: of the signature.
-        started, seconds: `time.monotonic()` of its arrival, and the time it has.
+        started, seconds: `time.monotonic()` when work on it began, and the time that it has from there.
     """
 
     request: RecommendRequest
@@ -92,7 +94,7 @@ class _Asked:
     loaded: Loaded
     signature: str
     names: tuple[str, ...]
-    inputs: Mapping[str, Any]
+    inputs: Arrays
     started: float
     seconds: float
 
@@ -149,19 +151,23 @@ class Recommending:
         self._timeout_ms, self._longest_ms = timeout_ms, longest_ms
         self._places, self._failures, self._pause_s = places, failures, pause_s
         self._lock = threading.Lock()
-        self._dropped: frozenset[str] = frozenset()
         self._loaded: WeakKeyDictionary[Any, Loaded] = WeakKeyDictionary()
 
-    def recommend(self, request: RecommendRequest) -> ItemList:
+    def recommend(self, request: RecommendRequest, arrived: float | None = None, until: float = math.inf) -> ItemList:
         """The k best items for a user, a history, or both.
 
         A user who is not known and has no history gets what the artifact says of nobody in particular, usually what is
         popular; `unknown_user` says so. With `weights` or `diversity` the list is made from the `k_max` best items.
 
+        Args:
+            request: what is wanted.
+            arrived: `time.monotonic()` from which its time counts, where it had to wait for a thread; None is now.
+            until: `time.monotonic()` at which its time is over at the latest, since the door waits no longer.
+
         Raises InvalidRequest, LimitExceeded, UnknownSignature, Overloaded, DeadlineExceeded, what `lease` raises for
         models and versions, and ServingError when no member answers.
         """
-        with self._asked(request) as asked:
+        with self._asked(request, arrived, until) as asked:
             return _list(asked, *self._answered(asked))
 
     async def recommend_soon(self, request: RecommendRequest, wait: Wait, in_thread: InThread) -> ItemList:
@@ -173,11 +179,12 @@ class Recommending:
             wait: for the graph.
             in_thread: does what takes long.
         """
+        arrived = time.monotonic()
         if request.filters or request.weights or request.diversity or _ids(request) > MOST_AT_ONCE:
-            return await in_thread(self.recommend, request)
-        with self._asked(request) as asked:
+            return await in_thread(partial(self.recommend, arrived=arrived), request)
+        with self._asked(request, arrived) as asked:
             if not asked.loaded.read:  # the first request reads the tables of the version
-                return await in_thread(self.recommend, request)
+                return await in_thread(partial(self.recommend, arrived=arrived), request)
             failure = None
             if self._whole(asked):
                 try:
@@ -204,23 +211,14 @@ class Recommending:
             answer = servable.call("similar_items", inputs, deadline)
             silent = _silent(answer, names)  # by design, such as popularity, which likens nothing to anything
             used = tuple(name for name in names if name not in silent)
+            best = _shortlist(answer, request.k)
             return ItemList(
-                items=_items(_shortlist(answer), names, used),
+                items=_items(best, names, used),
                 model=servable.name,
                 version=servable.version,
                 members_used=used,
-                fallback=_sentence({}, answer, names),
+                fallback=_sentence({}, best, names),
             )
-
-    def drop_member(self, name: str) -> None:
-        """From now on answers are made without this member, where the artifact can be asked member by member."""
-        with self._lock:
-            self._dropped |= {name}
-
-    def restore_member(self, name: str) -> None:
-        """Takes back `drop_member`."""
-        with self._lock:
-            self._dropped -= {name}
 
     def titles(self, answer: ItemList) -> list[str]:
         """The title of each item of an answer, '' where there is none; of none when the version has gone since."""
@@ -234,15 +232,20 @@ class Recommending:
         """The items of a leased version."""
         return self._beside(servable).catalogue
 
+    def add_items(self, servable: Servable, items: Sequence[Mapping[str, Any]]) -> None:
+        """Puts new items into the catalogue of a version (`Catalogue.with_items`)."""
+        loaded = self._beside(servable)
+        loaded.catalogue = loaded.catalogue.with_items(items)
+
     def _beside(self, servable: Servable) -> Loaded:
         with self._lock:
             loaded = self._loaded.get(servable.predictor)
             if loaded is None:
                 manifest = servable.predictor.manifest
-                apart = FUSE in manifest.signatures and all(PREFIX + m in manifest.signatures for m in manifest.members)
+                members = Members(manifest.members, self._places, self._failures, self._pause_s)
                 loaded = Loaded(
                     catalogue=Catalogue(servable.folder),
-                    members=Members(manifest.members, self._places, self._failures, self._pause_s) if apart else None,
+                    members=members if asked_apart(manifest) else None,
                     whole=Breaker(self._failures, self._pause_s),
                 )
                 self._loaded[servable.predictor] = loaded
@@ -260,16 +263,19 @@ class Recommending:
         return signature, (student_of(manifest),)
 
     @contextmanager
-    def _asked(self, request: RecommendRequest) -> Iterator[_Asked]:
+    def _asked(self, request: RecommendRequest, arrived: float | None, until: float = math.inf) -> Iterator[_Asked]:
         """The request beside the version that answers it, which stays loaded."""
         started = time.monotonic()
         check(request)
+        given = min(request.timeout_ms or self._timeout_ms, self._longest_ms) / 1000
+        seconds = min((started if arrived is None else arrived) + given, until) - started
+        if seconds <= 0:
+            raise DeadlineExceeded("the deadline passed while the request waited for a thread.")
         with self._store.lease(request.model, request.version, request.label, request.user_id) as servable:
             loaded, limits = self._beside(servable), servable.predictor.limits
             signature, names = self._profile(request, servable)
             check_weights(request.weights, names)
             inputs = _inputs(request, loaded.catalogue, limits)
-            seconds = min(request.timeout_ms or self._timeout_ms, self._longest_ms) / 1000
             yield _Asked(request, servable, loaded, signature, names, inputs, started, seconds)
 
     def _answered(self, asked: _Asked) -> tuple[Arrays, dict[str, str]]:
@@ -287,19 +293,21 @@ class Recommending:
         """Whether the one signature is asked: always where there is no way round it."""
         if asked.members is None:
             return True
-        return self._dropped.isdisjoint(asked.names) and asked.loaded.whole.allows()
+        return self._dropped(asked).isdisjoint(asked.names) and asked.loaded.whole.allows()
+
+    def _dropped(self, asked: _Asked) -> frozenset[str]:
+        return self._store.dropped(asked.servable.name)
 
     def _apart(self, asked: _Asked, failure: ServingError | None) -> tuple[Arrays, dict[str, str]]:
         """What `_answered` gives, of members that are asked one by one."""
         assert asked.members is not None  # or `_borne` would have raised
-        who, predict = {name: asked.inputs[name] for name in ("user_id", "history")}, asked.servable.predictor.predict
-        dropped = self._dropped.intersection(asked.names)
+        call, started, seconds = asked.servable.aside, asked.started, asked.seconds
+        members_until, deadline = started + MEMBERS_SHARE * seconds, started + seconds
         try:
-            spoken = asked.members.ask(predict, who, asked.started + MEMBERS_SHARE * asked.seconds, dropped)
+            answer, reasons = asked.members.answer(call, asked.inputs, members_until, deadline, self._dropped(asked))
         except DeadlineExceeded as error:
             raise failure or error from error
-        answer = predict(FUSE, {**asked.inputs, "scores": spoken.scores})
-        return answer, {**_silent(answer, asked.names), **spoken.reasons}
+        return answer, {**_silent(answer, asked.names), **reasons}
 
 
 # ---- requests ------------------------------------------------------------------------------------------------
@@ -336,18 +344,22 @@ def _check_k(k: int, limits: Limits) -> None:
         raise LimitExceeded(f"'k' must be between 1 and {limits.k}; received {k}.")
 
 
-def _inputs(request: RecommendRequest, catalogue: Catalogue, limits: Limits) -> dict[str, Any]:
+def _inputs(request: RecommendRequest, catalogue: Catalogue, limits: Limits) -> Arrays:
+    """The inputs of the signature, checked: they need not go through `Predictor.check` again."""
     _check_k(request.k, limits)
     longer = bool(request.weights) or request.diversity > 0
-    ids = {"history": request.history, "exclude": request.exclude, "include": request.include}
-    for name, values in {**ids, "user_id": (request.user_id,)}.items():
-        _check_ids(name, values, limits)
+    user_id = _checked_ids("user_id", (request.user_id,), limits)
+    history = _checked_ids("history", request.history, limits)
+    exclude = _checked_ids("exclude", request.exclude, limits)
+    include = _checked_ids("include", request.include, limits)
     if request.filters:
-        ids["include"] = _filtered(request, catalogue, limits)
+        include = [item.encode("utf-8") for item in _filtered(request, catalogue, limits)]
     return {
-        "user_id": [request.user_id],
-        **{name: pad_strings([values]) for name, values in ids.items()},
-        "k": np.full(1, limits.k if longer else request.k, np.int32),
+        "user_id": np.array(user_id, object),
+        "history": text_row(history),
+        "k": np.array([limits.k if longer else request.k], np.int32),
+        "exclude": text_row(exclude),
+        "include": text_row(include),
     }
 
 
@@ -355,18 +367,22 @@ def _ids(request: RecommendRequest) -> int:
     return len(request.history) + len(request.exclude) + len(request.include)
 
 
-def _check_ids(name: str, values: Sequence[str], limits: Limits) -> None:
-    """What the signature would refuse as well; here, so that whatever it refuses later is no fault of the request."""
+def _checked_ids(name: str, values: Sequence[str], limits: Limits) -> list[bytes]:
+    """Ids as UTF-8. Refuses what the signature would refuse as well, so that whatever fails later is no fault of the
+    request."""
+    if not values:
+        return []
     longest = limits.length(name)
     if longest is not None and len(values) > longest:
         raise LimitExceeded(f"'{name}' must have at most {longest} entries; received {len(values)}.")
-    for value in values:
-        try:
-            size = len(value.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"'{name}' must hold valid Unicode; received {value!r:.60}.") from error
-        if size > limits.id_bytes:
-            raise LimitExceeded(f"every id must have at most {limits.id_bytes} bytes; one of '{name}' has {size}.")
+    try:
+        ids = [value.encode("utf-8") for value in values]
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"'{name}' must hold valid Unicode; received {error.object!r:.60}.") from error
+    size = max(map(len, ids))
+    if size > limits.id_bytes:
+        raise LimitExceeded(f"every id must have at most {limits.id_bytes} bytes; one of '{name}' has {size}.")
+    return ids
 
 
 def _filtered(request: RecommendRequest, catalogue: Catalogue, limits: Limits) -> tuple[str, ...]:
@@ -394,37 +410,37 @@ def _borne(asked: _Asked, error: ServingError) -> ServingError:
     """The error of the one signature, noted; raises it where asking the members apart is no way round it."""
     if asked.members is None or isinstance(error, LimitExceeded | UnknownSignature | Overloaded):
         raise error  # no member's fault; asking each of them would make an overload worse
-    if not isinstance(error, InvalidRequest):  # what one request brings must not slow the others
-        asked.loaded.whole.failed()
+    asked.loaded.whole.failed(error, time.monotonic() - asked.started)
     return error
 
 
 def _list(asked: _Asked, answer: Arrays, reasons: Mapping[str, str]) -> ItemList:
     """The list out of the answer of the graph, weighed and spread out as the request wants it."""
     request, names, catalogue = asked.request, asked.names, asked.loaded.catalogue
-    best = _shortlist(answer)
+    best = _shortlist(answer, len(answer["scores"][0]) if request.weights or request.diversity else request.k)
     if request.weights:
         best = reweighed(best, [request.weights.get(name, 1.0) for name in names])
     if request.diversity:
         best = best.at(spread(best.scores, catalogue.vectors(best.item_ids), request))
     rows, asked.loaded.read = catalogue.rows, True
     known = bool(answer["known_user"][0]) or any(item in rows for item in request.history)
-    used = tuple(name for name in names if name not in reasons)
+    used = tuple(name for name in names if name not in reasons) if reasons else names
     return ItemList(
         items=_items(best.first(request.k), names, used),
         model=asked.servable.name,
         version=asked.servable.version,
         profile=request.profile,
         members_used=used,
-        fallback=_sentence(reasons, answer, names),
+        fallback=_sentence(reasons, best, names),
         unknown_user=not known,
     )
 
 
-def _shortlist(answer: Arrays) -> Shortlist:
-    there = answer["item_ids"][0] != b""
-    ids = [item.decode("utf-8") for item in answer["item_ids"][0][there]]
-    return Shortlist(ids, answer["scores"][0][there], answer["contributions"][0][:, there])
+def _shortlist(answer: Arrays, k: int) -> Shortlist:
+    """The first k items of an answer, or as many as it has."""
+    ids = [item.decode("utf-8") for item in answer["item_ids"][0, :k].tolist() if item]
+    there = len(ids)  # what is missing is missing at the end
+    return Shortlist(ids, answer["scores"][0, :there], answer["contributions"][0, :, :there])
 
 
 def reweighed(best: Shortlist, factors: Sequence[float]) -> Shortlist:
@@ -463,31 +479,34 @@ def spread(scores: np.ndarray, vectors: np.ndarray, request: RecommendRequest) -
 
 
 def _items(best: Shortlist, names: Sequence[str], used: Sequence[str]) -> tuple[Item, ...]:
-    speaking = [place for place, name in enumerate(names) if name in used]
-    shares = best.contributions[speaking].T.tolist()
+    spoken = best.contributions
+    if len(used) < len(names):
+        spoken = spoken[[place for place, name in enumerate(names) if name in used]]
     return tuple(
         Item(item, score, dict(zip(used, share, strict=True)))
-        for item, score, share in zip(best.item_ids, best.scores.tolist(), shares, strict=True)
+        for item, score, share in zip(best.item_ids, best.scores.tolist(), spoken.T.tolist(), strict=True)
     )
 
 
 def _silent(answer: Arrays, names: Sequence[str]) -> dict[str, str]:
     """Members that added nothing to any item of the list."""
-    shares = answer["contributions"][0]
-    if not (answer["item_ids"][0] != b"").any():
+    if not answer["item_ids"][0, 0]:  # there is no list
         return {}
-    return {name: SILENT for name, share in zip(names, shares, strict=True) if not share.any()}
+    spoke = answer["contributions"][0].any(axis=1)
+    return {} if spoke.all() else {name: SILENT for name, says in zip(names, spoke, strict=True) if not says}
 
 
-def _sentence(reasons: Mapping[str, str], answer: Arrays, names: Sequence[str]) -> str:
-    if not (answer["item_ids"][0] != b"").any():
+def _sentence(reasons: Mapping[str, str], best: Shortlist, names: Sequence[str]) -> str:
+    if not best.item_ids:
         return "no item is left: all are seen, excluded, or not among those that are allowed."
+    if not reasons:
+        return ""
     whose: dict[str, list[str]] = {}
     for name in names:
         if name in reasons:
             whose.setdefault(reasons[name], []).append(f"'{name}'")
     parts = [f"{_and(quoted)} {reason}" for reason, quoted in sorted(whose.items(), key=lambda pair: pair[0] == SILENT)]
-    return "; ".join(parts) + "." if parts else ""
+    return "; ".join(parts) + "."
 
 
 def _and(words: Sequence[str]) -> str:

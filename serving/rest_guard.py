@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import uvicorn
@@ -36,6 +36,7 @@ from serving.errors import (
     Unauthenticated,
     Unavailable,
 )
+from serving.limits import check_bounds
 from serving.security import Tls, Tokens
 
 LOG = logging.getLogger("serving.rest")
@@ -84,10 +85,11 @@ class RestSettings:
     | `idle_seconds`    | 5       | between requests of one connection, and for a client to take its answer          |
 
     Attributes:
-        hosts: names in the header `Host` that are answered over loopback by a door without tokens, beside `localhost`
-            and addresses. A page of somebody else that a browser on this machine shows can point a name of its own at
-            127.0.0.1 and then read from a door that is open to all of the machine (DNS rebinding); a reverse proxy that
-            passes the public name on needs that name here.
+        hosts: names in the header `Host` that are answered, in lower case; besides them `localhost` and addresses are,
+            and no other name. Without any, all names are answered, but none over loopback by a door without tokens: a
+            page of somebody else that a browser on this machine shows can point a name of its own at 127.0.0.1, and
+            would then read from a door that is open to all of the machine (DNS rebinding). A reverse proxy that passes
+            the public name on needs that name here.
     """
 
     body_bytes: int = 16 * 2**20
@@ -107,10 +109,7 @@ class RestSettings:
     hosts: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            bound = getattr(self, field.name)
-            if isinstance(bound, int | float) and not bound > 0:
-                raise ValueError(f"the bound '{field.name}' must be above 0; received {bound}.")
+        check_bounds(self)
 
 
 class Workers:
@@ -238,9 +237,8 @@ class Guard:
             await send(message)
 
         try:
-            if self._tokens is None:
-                self._check_host(scope, headers.get("host", ""))
-            elif scope["path"] not in self._open:
+            self._check_host(scope, headers.get("host", ""))
+            if self._tokens is not None and scope["path"] not in self._open:
                 facts["caller"] = self._tokens.check(headers.get("authorization"))
             await self._app(scope, receive, answer)
         except ServingError as error:
@@ -260,10 +258,12 @@ class Guard:
 
     def _check_host(self, scope: Scope, header: str) -> None:
         name = header[: header.rindex("]") + 1] if header.endswith("]") else header.rpartition(":")[0] or header
+        if _is_address(name.strip("[]")) or name.lower() in self._hosts | {"localhost"}:
+            return
         here = (scope.get("server") or ("",))[0]
-        if _is_address(here) and ipaddress.ip_address(here).is_loopback:
-            if not (_is_address(name.strip("[]")) or name.lower() in self._hosts | {"localhost"}):
-                raise Forbidden(f"a door without tokens is not asked as '{name[:100]}' on its own machine.")
+        open_here = self._tokens is None and _is_address(here) and ipaddress.ip_address(here).is_loopback
+        if self._hosts or open_here:
+            raise Forbidden(f"this door is not asked as '{name[:100]}'; an operator may allow more names.")
 
 
 def _is_address(text: str) -> bool:

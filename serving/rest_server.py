@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fusion.export.manifest import Signature
-from serving.catalogue import IMAGE, Catalogue, unknown
-from serving.errors import InvalidRequest, ServingError, UnknownItem, UnknownLabel, UnknownModel, UnknownSignature
+from serving.catalogue import IMAGE, Catalogue
+from serving.errors import (
+    InvalidRequest,
+    NotPossible,
+    ServingError,
+    UnknownItem,
+    UnknownLabel,
+    UnknownModel,
+    unknown,
+)
 from serving.feedback import FeedbackLog, parse_events
-from serving.inputs import Arrays
+from serving.inputs import Arrays, signature_of
 from serving.json_examples import CONTEXT, EXAMPLES, classes, input_of, values
 from serving.json_fields import MODEL_CONFIG, RECOMMEND, SIMILAR, checked, objects, required, text, truth, whole
 from serving.json_limits import inflate, parse
@@ -37,6 +45,7 @@ from serving.json_tensors import answer as tensors_answer
 from serving.messages import BEST, PROFILES, ItemList, RecommendRequest, SimilarRequest
 from serving.metrics import CONTENT_TYPE, METRICS
 from serving.model_store import ModelConfig, ModelStore, Servable, VersionStatus
+from serving.new_items import NewItems
 from serving.openapi import OPERATIONS, Operation, document
 from serving.recommending import SIGNATURES, Recommending
 from serving.rest_guard import OPERATION, Bodies, Guard, RestSettings, Workers, json_response
@@ -70,12 +79,13 @@ class Call:
         path: the parameters of the path; a version is a number already.
         query: those after the question mark.
         body: the JSON value, None where there is none.
-        deadline: `time.monotonic()` until which the answer is waited for.
+        arrived, deadline: `time.monotonic()` when it had come, and until which the answer is waited for.
     """
 
     path: Mapping[str, Any]
     query: QueryParams
     body: Any
+    arrived: float
     deadline: float
 
     @property
@@ -104,7 +114,7 @@ class Rest:
 
     def recommend(self, call: Call) -> Any:
         request = RecommendRequest(**checked(call.body, RECOMMEND))
-        return self._list(self.recommending.recommend(request))
+        return self._list(self.recommending.recommend(request, call.arrived, call.deadline))
 
     def similar(self, call: Call) -> Any:
         fields = checked(call.body, SIMILAR)
@@ -114,7 +124,7 @@ class Rest:
 
     def _list(self, answer: ItemList) -> dict[str, Any]:
         items = [
-            {**asdict(item), **({"title": title} if title else {})}
+            {**item._asdict(), **({"title": title} if title else {})}
             for item, title in zip(answer.items, self.recommending.titles(answer), strict=True)
         ]
         return {**{name: getattr(answer, name) for name in ItemList.__dataclass_fields__}, "items": items}
@@ -224,11 +234,7 @@ class Rest:
             raise InvalidRequest(f"a body has no such field; {unknown(min(extra), known)}.")
         name = call.body.get("signature_name") or SERVING_DEFAULT
         with self.store.lease(**call.where) as servable:
-            signatures = servable.predictor.manifest.signatures
-            if not isinstance(name, str) or name not in signatures:
-                there = ", ".join(sorted(signatures))
-                raise UnknownSignature(f"the artifact has the signatures {there}; received '{str(name)[:100]}'.")
-            yield servable, name, signatures[name]
+            yield servable, str(name), signature_of(servable.predictor.manifest, str(name))
 
     # ---- for those who watch ---------------------------------------------------------------------------------
 
@@ -250,13 +256,17 @@ class Rest:
 class Admin:
     """The answers of the door for administration."""
 
-    def __init__(self, store: ModelStore, recommending: Recommending) -> None:
-        self.store, self.recommending = store, recommending
+    def __init__(self, store: ModelStore, new_items: NewItems | None) -> None:
+        self.store, self.new_items = store, new_items
 
     def list_models(self, call: Call) -> Any:
         return {
             "models": {
-                name: {"versions": _versions(self.store.statuses(name)), "labels": self.store.labels(name)}
+                name: {
+                    "versions": _versions(self.store.statuses(name)),
+                    "labels": self.store.labels(name),
+                    "dropped": sorted(self.store.dropped(name)),
+                }
                 for name in self.store.names()
             }
         }
@@ -277,10 +287,16 @@ class Admin:
         return self.list_models(call)
 
     def members(self, call: Call) -> Any:
-        fields = required(checked(call.body, {"member": text, "use": truth}), "member", "use")
-        change = self.recommending.restore_member if fields["use"] else self.recommending.drop_member
-        change(fields["member"])
+        fields = required(checked(call.body, {"model": text, "member": text, "use": truth}), "member", "use")
+        change = self.store.restore_member if fields["use"] else self.store.drop_member
+        change(fields.get("model", ""), fields["member"])
         return fields
+
+    def add_items(self, call: Call) -> Any:
+        fields = required(checked(call.body, {"model": text, "items": objects}), "items")
+        if self.new_items is None:
+            raise NotPossible("this server has no journal of new items; start it with --items-journal FOLDER.")
+        return self.new_items.add(fields.get("model", ""), fields["items"])
 
 
 # ---- TensorFlow Serving's forms ------------------------------------------------------------------------------
@@ -361,11 +377,16 @@ def app(
 
 
 def admin_app(
-    store: ModelStore, recommending: Recommending, tokens: Tokens, settings: RestSettings | None = None
+    store: ModelStore,
+    tokens: Tokens,
+    settings: RestSettings | None = None,
+    new_items: NewItems | None = None,
 ) -> Starlette:
-    """The door for administration; it never lets anybody in without a token. Labels, rollback, reload, members."""
+    """The door for administration; it never lets anybody in without a token. Labels, rollback, reload, members, and new
+    items where a server keeps them."""
     operations = [operation for operation in OPERATIONS if operation.admin]
-    return _starlette(Admin(store, recommending), operations, [], store, settings or RestSettings(), tokens)
+    answers = Admin(store, new_items)
+    return _starlette(answers, operations, [], store, settings or RestSettings(), tokens)
 
 
 def _starlette(
@@ -405,17 +426,16 @@ def _endpoint(
     workers: Workers,
     bodies: Bodies,
 ) -> Callable[[Request], Awaitable[Response]]:
-    def work(request: Request, body: bytes, deadline: float) -> Response:
-        started, status, call = (
-            time.perf_counter(),
-            "OK",
-            Call(request.path_params, request.query_params, None, deadline),
-        )
+    def heard(request: Request, body: Any, arrived: float) -> Call:
+        return Call(request.path_params, request.query_params, body, arrived, arrived + settings.seconds)
+
+    def work(request: Request, body: bytes, arrived: float) -> Response:
+        started, status, call = time.perf_counter(), "OK", heard(request, None, arrived)
         try:
             if operation.method == "POST":
                 encoding = request.headers.get("content-encoding", "").strip().lower()
                 plain = inflate(body, encoding, settings.inflated_bytes, settings.ratio)
-                call = Call(call.path, call.query, parse(plain, settings.depth, settings.values), deadline)
+                call = heard(request, parse(plain, settings.depth, settings.values), arrived)
             found = answer(call)
             return found if isinstance(found, Response) else json_response(found)
         except ServingError as error:
@@ -431,12 +451,11 @@ def _endpoint(
     async def endpoint(request: Request) -> Response:
         request.scope[OPERATION] = operation.name
         if operation.name in AT_ONCE:
-            found = answer(Call(request.path_params, request.query_params, None, time.monotonic()))
+            found = answer(heard(request, None, time.monotonic()))
             return found if isinstance(found, Response) else json_response(found)
         body = await bodies.read(request)
         try:
-            deadline = time.monotonic() + settings.seconds
-            return await workers.run(partial(work, request, body, deadline), settings.seconds)
+            return await workers.run(partial(work, request, body, time.monotonic()), settings.seconds)
         finally:
             bodies.release(len(body))
 

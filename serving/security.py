@@ -17,7 +17,6 @@ import datetime
 import hashlib
 import hmac
 import logging
-import os
 import re
 import ssl
 import threading
@@ -31,6 +30,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from serving.errors import ConfigurationRefused, Unauthenticated
+from serving.files import stamp
 
 LOG = logging.getLogger("serving.security")
 OPEN_TO_ALL = "/grpc.health.v1.Health/"
@@ -58,7 +58,7 @@ class Tokens:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._seen = _state(self.path)
+        self._seen = stamp(self.path)
         self._tokens = read_tokens(self.path)
 
     def check(self, authorization: str | None) -> str:
@@ -82,8 +82,8 @@ class Tokens:
 
     def _current(self) -> tuple[Token, ...]:
         with self._lock:
-            if (state := _state(self.path)) != self._seen:
-                self._seen = state
+            if (seen := stamp(self.path)) != self._seen:
+                self._seen = seen
                 try:
                     self._tokens = read_tokens(self.path)
                     LOG.info("read %d tokens anew", len(self._tokens))
@@ -116,15 +116,6 @@ def read_tokens(path: Path) -> tuple[Token, ...]:
             )
         tokens.append(Token(match["name"], bytes.fromhex(match["digest"]), last_day))
     return tuple(tokens)
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Changes when the file does; renaming another file onto it changes its inode."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]

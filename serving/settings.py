@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serving.actions import Watch
 from serving.batching import BatchSettings
-from serving.limits import Limits
+from serving.limits import Limits, check_bounds
 from serving.model_config import ModelConfig
 from serving.rest_guard import RestSettings
 from serving.security import Tls
 
+if TYPE_CHECKING:
+    from serving.new_items import Reader
+
 
 @dataclass(frozen=True)
 class GrpcSettings:
-    """How the door behaves.
+    """How the door behaves; each number is above 0.
 
     Attributes:
         max_message_bytes: of one request or answer.
@@ -28,6 +33,9 @@ class GrpcSettings:
     timeout_s: float = 60.0
     threads: int = 16
     queue: int = 256
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class ServerSettings:
         tls: certificates of all doors.
         watch: how closely calls are watched, and what alarms lead to; None does not watch.
         feedback: the folder of the log that `/v1/feedback` writes; None takes no feedback.
+        items_journal: the folder in which new items are kept, None without them; it needs `item_reader`.
+        item_reader: makes what reads texts and images of new items, of an artifact's folder; a function of a module.
         limits, batching, grpc, rest: bounds of requests, batches and doors.
     """
 
@@ -62,6 +72,8 @@ class ServerSettings:
     tls: Tls | None = None
     watch: Watch | None = None
     feedback: Path | None = None
+    items_journal: Path | None = None
+    item_reader: Callable[[Path], Reader] | None = None
     limits: Limits = field(default_factory=Limits)
     batching: BatchSettings = field(default_factory=BatchSettings)
     grpc: GrpcSettings = field(default_factory=GrpcSettings)

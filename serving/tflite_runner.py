@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
-from fusion.export.manifest import EngineError, Manifest, Signature, verify_manifest
-from serving.errors import ArtifactRefused, Overloaded, ServingError, UnknownSignature
-from serving.inputs import Arrays, check_inputs, recommend_inputs
+from fusion.export.manifest import EngineError, Manifest, verify_manifest
+from serving.errors import ArtifactRefused, Overloaded, ServingError
+from serving.inputs import Arrays, check_inputs, first_items, recommend_inputs, signature_of
 from serving.limits import Limits
 
 SIGNATURES, ITEMS = "signatures.json", "items.json"
@@ -96,7 +96,7 @@ class TFLiteRunner:
 
         The files take one row, so B rows are B runs. `contributions` are there where the rule is additive.
         """
-        arrays = check_inputs(self._signature(signature).inputs, inputs, self.limits)
+        arrays = check_inputs(signature_of(self.manifest, signature).inputs, inputs, self.limits)
         rows = [{name: array[row : row + 1] for name, array in arrays.items()} for row in range(_rows(arrays))]
         answers = [self._answer(signature, row) for row in rows]
         return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
@@ -113,14 +113,7 @@ class TFLiteRunner:
 
         No user is known here, so that without histories everybody gets what is best for a stranger.
         """
-        answer = self.predict(CORE, recommend_inputs(user_ids, histories, k, exclude, include))
-        return {name: value if name == "known_user" else value[..., :k] for name, value in answer.items()}
-
-    def _signature(self, name: str) -> Signature:
-        if name not in self.manifest.signatures:
-            known = ", ".join(sorted(self.manifest.signatures))
-            raise UnknownSignature(f"the folder has the signatures {known}; received '{name[:100]}'.")
-        return self.manifest.signatures[name]
+        return first_items(self.predict(CORE, recommend_inputs(user_ids, histories, k, exclude, include)), k)
 
     def _answer(self, signature: str, row: Arrays) -> Arrays:
         """The answer for one row, B = 1."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -19,8 +20,10 @@ import uvicorn
 from fusion.export.manifest import GateError
 from serving.feedback import FeedbackLog
 from serving.grpc_server import GrpcDoor
+from serving.items_journal import ItemsJournal
 from serving.metrics import METRICS
-from serving.model_store import ModelStore
+from serving.model_store import ModelStore, Servable
+from serving.new_items import NewItems
 from serving.ports import bind
 from serving.recommending import Recommending
 from serving.rest_guard import uvicorn_config
@@ -49,6 +52,7 @@ class Worker:
     def __init__(self, settings: ServerSettings, shared: Path | None) -> None:
         self._settings, self._shared = settings, shared
         self._parent = os.getppid()
+        self._new_items: NewItems | None = None
         self._tokens = None if settings.tokens is None else Tokens(settings.tokens)
         self._admin_tokens = None if settings.admin_tokens is None else Tokens(settings.admin_tokens)
         if settings.tls is not None:
@@ -63,11 +67,20 @@ class Worker:
         sys.setswitchinterval(SWITCH_S)
         gc.freeze()  # what the libraries brought stays; collecting it again and again would make requests wait
         with contextlib.ExitStack() as open_parts:
+            batching = settings.batching
+            if batching.cores is None:
+                batching = dataclasses.replace(batching, cores=_graph_cores(settings.workers))
             watching = self._watching()
             called = None if watching is None else watching.called
-            self._store = ModelStore(settings.models, settings.limits, settings.batching, shared=orders, called=called)
+            self._store = ModelStore(
+                settings.models, settings.limits, batching, shared=orders, called=called, prepare=self._prepare
+            )
             open_parts.callback(self._store.close)
             self._recommending = Recommending(self._store)
+            if settings.items_journal is not None and settings.item_reader is not None:
+                journal = ItemsJournal(settings.items_journal)
+                self._new_items = NewItems(self._store, self._recommending, journal, settings.item_reader)
+                open_parts.callback(self._new_items.close)
             if watching is not None:
                 open_parts.callback(watching.close)
             self._store.poll()
@@ -75,13 +88,17 @@ class Worker:
             asyncio.run(self._serve(watching, announce))
         _leave_hung_threads()
 
+    def _prepare(self, version: Servable) -> None:
+        if self._new_items is not None:
+            self._new_items.prepare(version)
+
     def _watching(self) -> Watching | None:
         """What watches the calls; alarms may roll a model back, and leave out a member."""
         if self._settings.watch is None:
             return None
         do: dict[str, Callable[..., object]] = {
             "rollback": lambda model: self._store.rollback(model),
-            "drop_member": lambda _, member: self._recommending.drop_member(member),
+            "drop_member": lambda model, member: self._store.drop_member(model, member),
         }
         return Watching(self._settings.watch, do)
 
@@ -96,13 +113,15 @@ class Worker:
         feedback = None if settings.feedback is None else FeedbackLog(settings.feedback)
         apps = {"rest": app(store, recommending, settings.rest, self._tokens, feedback=feedback)}
         if settings.admin_port is not None and self._admin_tokens is not None:
-            apps["admin"] = admin_app(store, recommending, self._admin_tokens, settings.rest)
+            apps["admin"] = admin_app(store, self._admin_tokens, settings.rest, self._new_items)
         opened: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
         try:
             await door.start(settings.host, settings.grpc_port, shared)
             for name, found in apps.items():
                 opened.append(await self._open(name, found))
             store.start(settings.poll_s)
+            if self._new_items is not None:
+                self._new_items.start()
             models = {name: [s.version for s in store.statuses(name)] for name in store.names()}
             announce({"ports": settings.ports, "models": models, "processes": [os.getpid()]})
             await self._until(stop)
@@ -132,6 +151,12 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), HOUSEKEEPING_S)
             METRICS.save()
+
+
+def _graph_cores(workers: int) -> int:
+    """What one of so many processes leaves to its graphs: its share of the cores but one, on which its doors run."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // workers - 1, 1)
 
 
 class _Uvicorn(uvicorn.Server):

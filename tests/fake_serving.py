@@ -6,7 +6,7 @@ import base64
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.export.manifest import FileEntry, Manifest, Signature, TensorSpec, write_manifest
-from serving.errors import DeadlineExceeded, InvalidRequest, NotPossible, ServingError, UnknownModel, UnknownSignature
-from serving.inputs import Arrays, check_inputs
+from serving.errors import DeadlineExceeded, InvalidRequest, NotPossible, ServingError, UnknownModel
+from serving.inputs import Arrays, check_inputs, signature_of
 from serving.limits import Limits
 from serving.model_store import ModelConfig, State, VersionStatus
 
@@ -70,15 +70,16 @@ def signatures(fast: bool) -> dict[str, Signature]:
 class Model:
     """The part of a `Predictor` that doors use."""
 
-    def __init__(self, manifest: Manifest, limits: Limits, predict: Callable[..., Arrays]) -> None:
-        self.manifest, self.limits, self.predict = manifest, limits, predict
+    def __init__(self, manifest: Manifest, limits: Limits) -> None:
+        self.manifest, self.limits = manifest, limits
 
 
 class FakeServable:
     """Members score item n by how near it is to places of their own; user u<n> has taken item n.
 
     Attributes:
-        faults: by member or signature, 'raise', 'hang' or 'nan'; what hangs does so until `released` is set.
+        faults: by member or signature, 'raise', 'invalid', 'nan', 'hang' (until its deadline, where it is given one) or
+            'stuck' (whatever the deadline); what hangs does so until `released` is set, or for 10 s.
         seconds: how long each member takes.
         calls: how often each signature was called.
     """
@@ -97,7 +98,6 @@ class FakeServable:
                 files=files or {},
             ),
             Limits(k=K_MAX, history=64, exclude=64, include=64, filters=8, id_bytes=64),
-            self.call,
         )
         self.faults: dict[str, str] = {}
         self.seconds = 0.0
@@ -106,10 +106,8 @@ class FakeServable:
 
     def call(self, signature: str, inputs: Mapping[str, Any], deadline: float | None = None) -> Arrays:
         self.calls[signature] += 1
-        known = self.predictor.manifest.signatures
-        if signature not in known:
-            raise UnknownSignature(f"the artifact has the signatures {', '.join(known)}; received '{signature[:100]}'.")
-        arrays = check_inputs(known[signature].inputs, inputs, self.predictor.limits)
+        spec = signature_of(self.predictor.manifest, signature)
+        arrays = check_inputs(spec.inputs, inputs, self.predictor.limits)
         self._fail(signature, deadline)
         if signature == "serving_default":
             return {"scores": np.vectorize(len, [np.float32])(arrays["candidates"])}
@@ -146,6 +144,9 @@ class FakeServable:
         threading.Thread(target=work, daemon=True).start()
         return future
 
+    def aside(self, signature: str, arrays: Arrays) -> Arrays:
+        return self.call(signature, arrays)
+
     def _fail(self, name: str, deadline: float | None) -> None:
         fault = self.faults.get(name)
         if fault == "raise":
@@ -153,7 +154,7 @@ class FakeServable:
         if fault == "invalid":
             raise InvalidRequest(f"'{name}' cannot answer these inputs.")
         if fault == "hang":
-            self.released.wait(max((deadline or 0) - time.monotonic(), 0))
+            self.released.wait(10 if deadline is None else max(deadline - time.monotonic(), 0))
             raise DeadlineExceeded(f"'{name}' did not answer in time.")
         if fault == "stuck":
             self.released.wait(10)
@@ -204,6 +205,7 @@ class FakeStore:
     def __init__(self, servable: FakeServable) -> None:
         self.servable = servable
         self.given = {"stable": servable.version}
+        self.out: frozenset[str] = frozenset()
         self.leases = 0
         self.ready = True
         self.orders: list[Any] = []
@@ -221,6 +223,17 @@ class FakeStore:
     def assign_label(self, name: str, label: str, version: int) -> None:
         with self.lease(name, version):
             self.given[label] = version
+
+    def drop_member(self, name: str, member: str) -> None:
+        with self.lease(name):
+            self.out |= {member}
+
+    def restore_member(self, name: str, member: str) -> None:
+        with self.lease(name):
+            self.out -= {member}
+
+    def dropped(self, name: str) -> frozenset[str]:
+        return self.out
 
     def rollback(self, name: str) -> int:
         raise NotPossible(f"'{name}' has no version before 1 that can be loaded.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ EXAMPLES = """  python tools/serve.py latest
   python tools/serve.py models                                   (every model below it)
   python tools/serve.py --model-config models.config             (as tensorflow_model_server has it)
   python tools/serve.py models/films --host 0.0.0.0 --tls-cert c.pem --tls-key k.pem --token-file tokens
+  python tools/serve.py models/films --host-name films.example.org     (behind a proxy that passes this name on)
 """
 
 
@@ -28,10 +31,22 @@ def main() -> int:
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="models.config, instead of a folder")
     parser.add_argument("--name", default="", help="what requests call the model (default: the folder's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address of all doors (default: this machine only)")
+    parser.add_argument(
+        "--host-name",
+        type=host_name,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that the REST doors are asked by, besides localhost and addresses; may be repeated; no other one is "
+        "answered (default: any, but none over loopback without tokens)",
+    )
     parser.add_argument("--port", type=port, default=8500, help="of gRPC; 0 takes a free one (default: 8500)")
     parser.add_argument("--rest-port", type=port, default=8501, help="of REST; 0 takes a free one (default: 8501)")
     parser.add_argument("--workers", type=cli.positive, default=1, help="processes that share the ports (default: 1)")
     parser.add_argument("--threads", type=cli.positive, default=1, help="calls of a graph at once (default: 1)")
+    parser.add_argument(
+        "--cores", type=cli.positive, help="that a graph keeps busy (default: a process's share but one, for the doors)"
+    )
     parser.add_argument("--max-batch", type=cli.positive, default=64, help="rows of one call of a graph (default: 64)")
     parser.add_argument("--queue", type=cli.positive, default=256, help="requests that may wait (default: 256)")
     parser.add_argument("--canary", type=share, default=0.0, help="share of requests for the version labelled canary")
@@ -46,6 +61,7 @@ def main() -> int:
     watched.add_argument("--monitor", type=Path, metavar="FILE", help="what alarms lead to (default: they are logged)")
     watched.add_argument("--no-monitor", action="store_true", help="do not compare calls with the training data")
     parser.add_argument("--feedback", type=Path, metavar="FOLDER", help="log of what /v1/feedback is told; off without")
+    parser.add_argument("--items-journal", type=Path, metavar="FOLDER", help="where new items are kept; off without")
     parser.add_argument("--json", action="store_true", help="print the ports as JSON once everything answers")
     args = parser.parse_args()
     if (args.source is None) == (args.model_config is None):
@@ -55,6 +71,8 @@ def main() -> int:
     if (args.admin_port is None) != (args.admin_token_file is None):
         parser.error("--admin-port and --admin-token-file go together: nobody administers without a token")
 
+    # What reads new items belongs to training, whose Keras this is; TensorFlow also starts faster with it.
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
     from fusion.errors import ConfigError, GateError
     from serving.errors import ArtifactRefused, ServingError
     from serving.server import configure_logging, serve
@@ -73,6 +91,7 @@ def settings(args: argparse.Namespace) -> Any:
     """The server's settings out of the command line. Raises ConfigError."""
     from serving.actions import Watch
     from serving.batching import BatchSettings
+    from serving.rest_guard import RestSettings
     from serving.security import Tls
     from serving.settings import GrpcSettings, ServerSettings
 
@@ -90,9 +109,19 @@ def settings(args: argparse.Namespace) -> Any:
         tls=tls,
         watch=None if args.no_monitor else Watch() if args.monitor is None else Watch.read(args.monitor),
         feedback=args.feedback,
-        batching=BatchSettings(args.max_batch, args.queue, args.threads),
+        items_journal=args.items_journal,
+        item_reader=item_reader,
+        batching=BatchSettings(args.max_batch, args.queue, args.threads, args.cores),
         grpc=GrpcSettings(queue=args.queue),
+        rest=RestSettings(hosts=frozenset(args.host_name)),
     )
+
+
+def item_reader(artifact: Path) -> Any:
+    """Reads new items as the encoders of an artifact do; training's tokenisers are imported with the first."""
+    from recsys.examples import ItemReader
+
+    return ItemReader(artifact)
 
 
 def models(args: argparse.Namespace) -> list[Any]:
@@ -136,6 +165,13 @@ def port(text: str) -> int:
     if not 0 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"must be between 0 and 65535; received {text}")
     return number
+
+
+def host_name(text: str) -> str:
+    """The type of an option that is the name of a host, without scheme and port."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,253}", text):
+        raise argparse.ArgumentTypeError(f"must be a name such as films.example.org, without port; received {text}")
+    return text.lower()
 
 
 def share(text: str) -> float:

@@ -83,7 +83,8 @@ class Manifest:
         rows_seen: in words, which rows it was fitted on, for instance `train` or `all`.
         metrics: figures of the report that belong to it.
         libraries: versions of the libraries that made it.
-        limits: numbers that a server has to know, for instance `k_max`.
+        limits: numbers that a server has to know, for instance `k_max`, and `spare_items`, how many new items the
+            signature `add_items` takes.
         items: what the tables of items hold: `attributes`, by column of `items.parquet` `text`, or `list` of texts; and
             `vectors`, with `file`, `dtype`, `shape` and `made_of`. Empty for other kinds.
         tflite: signatures by name of each `.tflite` file.

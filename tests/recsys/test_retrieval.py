@@ -15,6 +15,11 @@ def dynamic_top_5(scores):
     return top_k(scores, 5, group=4)
 
 
+@tf.function(input_signature=[tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([], tf.int32)])
+def asked_top(scores, k):
+    return top_k(scores, k, group=4)
+
+
 def scores_with_ties(rows: int, items: int, levels: int, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     scores = random.integers(0, levels, (rows, items)).astype(np.float32)
@@ -27,7 +32,7 @@ def scores_with_ties(rows: int, items: int, levels: int, seed: int) -> np.ndarra
 def test_equals_tensorflow_including_ties(rows, items, levels, seed):
     scores = scores_with_ties(rows, items, levels, seed)
     expected = tf.math.top_k(scores, 5)
-    for values, numbers in (dynamic_top_5(scores), top_k(tf.constant(scores), 5, group=4)):
+    for values, numbers in (dynamic_top_5(scores), top_k(tf.constant(scores), 5, group=4), asked_top(scores, 5)):
         np.testing.assert_array_equal(values, expected.values)
         np.testing.assert_array_equal(numbers, expected.indices)
 

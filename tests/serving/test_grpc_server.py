@@ -438,7 +438,7 @@ def slow(artifact, monkeypatch):
 
     made = []
 
-    def load(folder, limits):
+    def load(folder, limits, cores=None):
         made.append(Slow(original(folder, limits)))
         return made[0]
 
@@ -476,6 +476,45 @@ def test_deadlines_vanished_clients_and_overload(slow):
         graph.gate.set()
         assert all(future.result(10).outputs for future in (first, *waiting))
     assert graph.rows == 3  # neither the late one nor the one whose client had gone
+
+
+class Busy:
+    """Keeps the event loop from everything else for a while; makes calls for a user wait without that."""
+
+    def __init__(self):
+        self.asked, self.entered = 0, threading.Event()
+
+    async def recommend_soon(self, request, wait, in_thread):
+        self.asked += 1
+        if request.user_id:
+            await asyncio.sleep(5)
+        self.entered.set()
+        time.sleep(0.3)
+        raise InvalidRequest("that is all.")
+
+
+def test_late_calls_are_counted_and_left_alone(store):
+    """O10: a call that was late before its turn came is neither read nor answered, but counted; who still waits is told
+    of the server's own limit."""
+    recommending, name = Busy(), ":tensorflow:serving:request_count"
+    with (
+        door_of(store, recommending, settings=GrpcSettings(timeout_s=0.5)) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as opened,
+    ):
+        ask = opened.unary_unary(wire.RECOMMEND)
+        first = ask.future(b"", timeout=10)
+        assert recommending.entered.wait(5)
+        before = METRICS.value(name, ("", "DEADLINE_EXCEEDED"))
+        assert ask.future(b"", timeout=0.1).code() == CODE.DEADLINE_EXCEEDED
+        assert first.code() == CODE.INVALID_ARGUMENT
+        wait_until(lambda: METRICS.value(name, ("", "DEADLINE_EXCEEDED")) == before + 1)
+        assert recommending.asked == 1
+        error = refused(ask, wire.RecommendRequest(user_id="u0").SerializeToString())
+        assert error.code() == CODE.DEADLINE_EXCEEDED and error.details().startswith("the deadline passed")
+
+
+def test_a_call_without_a_message_is_refused(channel):
+    assert refused(channel.stream_unary(wire.RECOMMEND), iter(())).code() == CODE.INVALID_ARGUMENT
 
 
 def queued(store):

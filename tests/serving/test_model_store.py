@@ -53,7 +53,7 @@ class StandIn:
         self.limits = Limits()
 
     @classmethod
-    def load(cls, folder, limits):
+    def load(cls, folder, limits, cores=None):
         return cls(folder)
 
     def check(self, signature, inputs):
@@ -227,7 +227,7 @@ def test_loading_is_tried_again_after_growing_pauses_and_then_no_more(make, shel
     now, tries = [1000.0], []
     monkeypatch.setattr(model_store.time, "monotonic", lambda: now[0])
 
-    def load(folder, limits):
+    def load(folder, limits, cores=None):
         tries.append(now[0])
         raise ArtifactRefused("the disk sleeps")
 
@@ -415,7 +415,94 @@ def test_processes_of_one_server_hear_of_orders(make, shelf, tmp_path):
     assert ask(make(config, shared=shared)) == 1
 
 
+def test_orders_of_several_processes_at_the_same_moment_are_all_kept(make, shelf, tmp_path):
+    """O10: a process that has not heard of an order yet does not write over it."""
+    for number in (1, 2):
+        artifact_at(shelf / str(number))
+    config, shared = ModelConfig("toy", shelf, latest=2), tmp_path / "orders.json"
+    stores = [make(config, shared=shared) for _ in range(4)]
+    ready = threading.Barrier(len(stores))
+
+    def order(number):
+        ready.wait()
+        for turn in range(5):
+            stores[number].assign_label("toy", f"{number}-{turn}", 1 + turn % 2)
+
+    threads = [threading.Thread(target=order, args=(number,)) for number in range(len(stores))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for store in stores:
+        store.poll()
+        assert store.labels("toy") == {f"{n}-{turn}": 1 + turn % 2 for n in range(4) for turn in range(5)}
+
+
+def members_at(folder, *members, apart=True):
+    """An artifact with these members."""
+    artifact_at(folder)
+    names = ("add", "fuse", *(f"member_{name}" for name in members)) if apart else ("add",)
+    write_manifest(folder, Manifest("recommender", members, dict.fromkeys(names, SIGNATURE)))
+    return folder
+
+
+def test_members_are_dropped_from_one_model_in_every_process(make, shelf, tmp_path):
+    """H7, P3: the others of the server hear of it, later versions and restarted processes keep to it."""
+    members_at(shelf / "1", "taste", "text")
+    films = members_at(tmp_path / "films" / "1", "taste", "text").parent
+    configs, shared = (ModelConfig("toy", shelf), ModelConfig("films", films)), tmp_path / "orders.json"
+    first, second = make(*configs, shared=shared), make(*configs, shared=shared)
+    first.drop_member("toy", "text")
+    first.drop_member("toy", "text")
+    assert first.dropped("toy") == {"text"} and not first.dropped("films") and not first.dropped("gone")
+    second.poll()
+    assert second.dropped("toy") == {"text"} and not second.dropped("films")
+    members_at(shelf / "2", "taste", "text")
+    second.poll()
+    assert second.dropped("toy") == make(*configs, shared=shared).dropped("toy") == {"text"}
+    second.reload([ModelConfig("toy", shelf, labels={"stable": 2})])
+    first.poll()
+    assert first.labels("toy") == {"stable": 2} and first.dropped("toy") == {"text"}
+    first.restore_member("toy", "text")
+    second.poll()
+    assert not second.dropped("toy")
+    first.drop_member("", "text")
+    first.reload([ModelConfig("toy", films)])  # another model under the same name
+    assert not first.dropped("toy")
+
+
+def test_members_that_cannot_be_left_out_are_named(make, shelf, tmp_path):
+    members_at(shelf / "1", "taste", "text", "image")
+    whole = members_at(tmp_path / "whole" / "1", "taste", "text", apart=False).parent
+    store = make(ModelConfig("toy", shelf), ModelConfig("whole", whole))
+    for change in (store.drop_member, store.restore_member):
+        with pytest.raises(
+            InvalidRequest, match=r"member of 'toy' must be named; received 'texts'; did you mean 'text'"
+        ):
+            change("toy", "texts")
+        with pytest.raises(UnknownModel):
+            change("songs", "text")
+    with pytest.raises(NotPossible, match="of taste, text these are out: none"):
+        store.drop_member("whole", "text")
+    store.drop_member("toy", "text")
+    store.drop_member("toy", "image")
+    with pytest.raises(NotPossible, match=r"'taste' can be left out only .* these are out: image, text"):
+        store.drop_member("toy", "taste")
+    assert store.dropped("toy") == {"text", "image"}
+
+
 # ---- calls ---------------------------------------------------------------------------------------------------
+
+
+def test_calls_are_told_of_whether_they_wait_in_the_queue_or_not(make, shelf):
+    """P1: what is computed beside the queue, after a fault, is watched all the same."""
+    artifact_at(shelf / "1")
+    told = []
+    store = make(called=lambda servable, signature, inputs, answer, seconds: told.append((signature, answer, seconds)))
+    with store.lease() as servable:
+        assert servable.aside("add", {"x": np.array([4])})["y"] == servable.call("add", {"x": [4]})["y"] == 5
+    assert [(signature, answer()["y"]) for signature, answer, _ in told] == [("add", 5), ("add", 5)]
+    assert all(0 <= seconds < 5 for *_, seconds in told)
 
 
 def test_a_call_ends_at_its_deadline_and_a_closed_store_refuses(make, shelf):

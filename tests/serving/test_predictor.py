@@ -114,7 +114,7 @@ def test_total_size_is_limited(artifact):
     small = Predictor.load(artifact, Limits(total_bytes=100))
     with pytest.raises(errors.LimitExceeded, match="at most 100 bytes"):
         small.recommend(user_ids=["u1"] * 20, k=1)
-    with pytest.raises(ValueError, match="'rows' must be at least 1"):
+    with pytest.raises(ValueError, match="'rows' must be above 0"):
         Limits(rows=0)
 
 

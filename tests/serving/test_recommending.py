@@ -28,10 +28,11 @@ from serving.errors import (
     LimitExceeded,
     Overloaded,
     ServingError,
+    Unavailable,
     UnknownItem,
     UnknownModel,
 )
-from serving.members import Breaker
+from serving.members import Breaker, Members
 from serving.messages import RecommendRequest, SimilarRequest
 from serving.model_store import ModelConfig, ModelStore
 from serving.recommending import Recommending, Shortlist, reweighed, spread
@@ -68,6 +69,9 @@ def soon(recommending, request, in_thread=asyncio.to_thread):
         return await recommending.recommend_soon(request, asyncio.wrap_future, in_thread)
 
     return asyncio.run(answered())
+
+
+INPUTS = {"user_id": ["u0"], "history": [[""]], "k": [1], "exclude": [[""]], "include": [[""]]}
 
 
 def ids(answer):
@@ -297,7 +301,7 @@ def test_a_failing_member_is_not_waited_for_again_until_a_pause_is_over(ask, ser
     """H7, O13: the first requests pay for what hangs, later ones do not; when it is well again it is asked again."""
     servable.faults = {"text": "hang"}
     for _ in range(2):
-        ask(timeout_ms=400)
+        ask(timeout_ms=600)
     calls = servable.calls.copy()
     started = time.monotonic()
     answer = ask(timeout_ms=3000)
@@ -323,7 +327,7 @@ def test_a_stuck_member_holds_a_bounded_number_of_threads(folder):
     servable.faults = {"recommend": "raise", "text": "stuck"}
     recommending = Recommending(FakeStore(servable), places=1, failures=100)
     before = threading.active_count()
-    answers = [recommending.recommend(RecommendRequest(k=1, timeout_ms=300)) for _ in range(5)]
+    answers = [recommending.recommend(RecommendRequest(k=1, timeout_ms=600)) for _ in range(5)]
     assert threading.active_count() - before <= 2
     assert [answer.fallback for answer in answers[2:]] == ["'text' is still busy with earlier requests."] * 3
     servable.released.set()
@@ -347,14 +351,92 @@ def test_requests_wait_for_a_place_and_are_refused_without_one(folder):
         assert first.result().fallback == ""
 
 
+@pytest.mark.parametrize("stuck", [("fuse",), ("text", "fuse"), MEMBERS])
+def test_no_answer_comes_later_than_its_deadline(ask, servable, stuck):
+    """O13: whatever hangs, the caller hears of it in time."""
+    servable.faults = {"recommend": "raise", **dict.fromkeys(stuck, "stuck")}
+    started = time.monotonic()
+    with pytest.raises(ServingError):
+        ask(timeout_ms=300)
+    assert time.monotonic() - started < 0.8
+
+
+def test_fuse_is_not_started_when_the_time_is_over(servable):
+    servable.seconds = 0.05
+    answer = lambda **times: Members(MEMBERS).answer(servable.aside, INPUTS, **times)  # noqa: E731
+    now = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="before the members had answered"):
+        answer(members_until=now + 5, deadline=now + 0.01)
+    with pytest.raises(DeadlineExceeded, match="before members could be asked"):
+        answer(members_until=time.monotonic() + 0.004, deadline=now + 5)
+    assert servable.calls == {f"member_{name}": 1 for name in MEMBERS}
+
+
+def test_fuse_that_hangs_keeps_its_place(folder):
+    """O13: hung threads do not pile up; what finds no place is refused in time, and places come back."""
+    servable = FakeServable(folder)
+    servable.faults = {"recommend": "raise", "fuse": "stuck"}
+    recommending = Recommending(FakeStore(servable), places=2, failures=100)
+    errors = []
+    for _ in range(4):
+        started = time.monotonic()
+        with pytest.raises(ServingError) as raised:
+            recommending.recommend(RecommendRequest(k=1, timeout_ms=300))
+        assert time.monotonic() - started < 0.8
+        errors.append(raised.type)
+    assert errors == [ServingError] * 2 + [Overloaded] * 2  # the first two of `recommend`, whose way round hangs
+    assert servable.calls["fuse"] == 2, "no thread beyond the two that hang"
+    servable.released.set()
+    servable.faults = {"recommend": "raise"}
+    assert recommending.recommend(RecommendRequest(k=1)).fallback == ""
+
+
+def test_fuse_that_keeps_failing_is_paused(folder):
+    """O13: nobody waits for what cannot come."""
+    servable = FakeServable(folder)
+    servable.faults = {"recommend": "raise", "fuse": "raise"}
+    recommending = Recommending(FakeStore(servable), failures=2, pause_s=0.3)
+    for error in (ServingError, ServingError, Unavailable):
+        with pytest.raises(error):
+            recommending.recommend(RecommendRequest(k=1))
+    assert servable.calls["fuse"] == servable.calls["member_text"] == 2
+    servable.faults = {}
+    time.sleep(0.4)
+    assert recommending.recommend(RecommendRequest(k=1)).fallback == ""
+
+
+def test_callers_in_a_hurry_pause_nothing_for_others(ask, servable):
+    """O13: deadlines that no model could keep say nothing about the model."""
+    servable.faults = dict.fromkeys(MEMBERS, "hang")
+    for _ in range(4):
+        with pytest.raises(DeadlineExceeded):
+            ask(timeout_ms=20)
+    servable.faults, asked = {}, servable.calls["recommend"]
+    assert ask().fallback == "" and servable.calls["recommend"] == asked + 1
+
+
+def test_time_in_a_queue_counts(servable):
+    """O13: who waited for a thread has the rest of the time, and no more than the door waits."""
+    recommending, request = Recommending(FakeStore(servable)), RecommendRequest(k=1, timeout_ms=2000)
+    with pytest.raises(DeadlineExceeded, match="waited for a thread"):
+        recommending.recommend(request, time.monotonic() - 2)
+    assert not servable.calls
+    servable.faults = {"recommend": "hang"}
+    started = time.monotonic()
+    assert recommending.recommend(request, started - 1.6).items and time.monotonic() - started < 0.5
+    started = time.monotonic()
+    assert recommending.recommend(request, until=started + 0.4).items and time.monotonic() - started < 0.5
+
+
 def test_a_member_may_be_taken_out_and_put_back(servable):
     """H7: what an operator, or a rule of the monitor, does about a member that says nonsense."""
-    recommending = Recommending(FakeStore(servable))
-    recommending.drop_member("text")
+    store = FakeStore(servable)
+    recommending = Recommending(store)
+    store.drop_member("films", "text")
     without = recommending.recommend(RecommendRequest(k=2))
     assert without.members_used == ("likes", "image") and without.fallback == "'text' was taken out."
     assert ids(without) == ["i0", "i1"]
-    recommending.restore_member("text")
+    store.restore_member("films", "text")
     assert recommending.recommend(RecommendRequest(k=2)).fallback == ""
 
 
@@ -385,10 +467,12 @@ def test_the_lease_ends_with_the_answer(servable):
 
 
 def test_breaker_lets_one_call_through_after_each_pause():
-    breaker = Breaker(failures=2, pause_s=0.05)
-    breaker.failed()
+    breaker, fault = Breaker(failures=2, pause_s=0.05), ServingError("it fails.")
+    breaker.failed(fault, 0.0)
+    breaker.failed(InvalidRequest("the caller's fault."), 1.0)
+    breaker.failed(DeadlineExceeded("too short a time."), 0.01)
     assert breaker.allows()
-    breaker.failed()
+    breaker.failed(DeadlineExceeded("long enough."), 0.2)
     assert not breaker.allows()
     time.sleep(0.06)
     assert [breaker.allows(), breaker.allows()] == [True, False]
@@ -503,13 +587,13 @@ def test_an_exported_artifact_answers(real, monkeypatch):
         def fails(*_):
             raise ServingError("it fails.")
 
-        predict = servable.predictor.predict
+        aside = servable.aside
         monkeypatch.setattr(servable, "call", fails)
         apart = recommending.recommend(user)
         assert ids(apart) == ids(whole) and apart.fallback == ""
         assert [i.score for i in apart.items] == pytest.approx([i.score for i in whole.items], abs=1e-4)
         parts = {"member_ease": fails}
-        monkeypatch.setattr(servable.predictor, "predict", lambda name, given: parts.get(name, predict)(name, given))
+        monkeypatch.setattr(servable, "aside", lambda name, given: parts.get(name, aside)(name, given))
         without = recommending.recommend(user)
     assert without.fallback == "'ease' failed." and without.members_used == ("popularity",)
     scores = [item.score for item in without.items]

@@ -1,5 +1,6 @@
 """The whole server: `tools/serve.py` as a process, both doors, the order to stop, a dead worker, a taken port."""
 
+import http.client
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import grpc
@@ -64,6 +65,14 @@ def get(facts, path):
         return answer.read()
 
 
+def status(facts, host):
+    """Of an answer to somebody who calls the server by this name."""
+    connection = http.client.HTTPConnection("127.0.0.1", facts["ports"]["rest"], timeout=10)
+    with closing(connection):
+        connection.request("GET", "/healthz", headers={"host": host})
+        return connection.getresponse().status
+
+
 def post(facts, path, body):
     url = f"http://127.0.0.1:{facts['ports']['rest']}{path}"
     request = urllib.request.Request(url, body, {"content-type": "application/json"})
@@ -85,12 +94,14 @@ def test_both_doors_answer_alike_roll_over_and_drain(artifact, tmp_path):
     """O7 O10 O13: gRPC and REST from one process; a published version takes over while clients ask, and none of them
     fails; SIGTERM ends with 0 after what is inside is answered."""
     publish(artifact, tmp_path, "films")
-    with served(tmp_path, "--feedback", tmp_path / "told") as (process, facts, log), recommends(facts) as ask:
+    more = ("--feedback", tmp_path / "told", "--host-name", "Films.example")
+    with served(tmp_path, *more) as (process, facts, log), recommends(facts) as ask:
         event = json.dumps({"events": [{"user_id": "u1", "item_id": "i2"}]}).encode()
         post(facts, "/v1/feedback", event)
         assert facts["models"] == {"films": [1]} and facts["processes"] == [process.pid]
         answer = json.loads(post(facts, "/v1/recommend", json.dumps({"user_id": "u1", "k": 1}).encode()))
         assert answer["items"][0]["item_id"] == ask().items[0].item_id == "i2"
+        assert [status(facts, f"{name}.example") for name in ("films", "songs")] == [200, 403]
 
         versions, failures, stop = set(), [], threading.Event()
 
@@ -212,6 +223,7 @@ def test_numbers_of_several_processes_are_put_together(tmp_path, monkeypatch):
     ours, other, dead = metrics.Metrics(), metrics.Metrics(), metrics.Metrics()
     which = ("films", "1")
     processes = ((os.getppid(), other), (2**22 + 1, dead), (os.getpid(), ours))
+    (tmp_path / "orders.json").write_text("[]")  # of the store, in the same folder
     for number, (process, found) in enumerate(processes, start=1):
         found.share(tmp_path)
         found.watch(lambda n=number: [("serving_queue_depth", which, n), ("serving_version_state", which, 30)])

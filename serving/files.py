@@ -1,0 +1,25 @@
+"""Small files through which processes, or an operator, tell a server something while it runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Changes when the file does; renaming another file onto it changes its inode. Empty where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that whoever reads it finds the old text or the new one, whole. Raises OSError.
+
+    Not for what must outlive the machine: nothing waits for the disk.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
