@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +171,18 @@ def test_damaged_and_hostile_files_have_a_reason(tmp_path, monkeypatch):
     assert all(part in reason for part, reason in zip(expected, reasons, strict=True)), reasons
     assert ok.tolist() == [False] * 9 + [True]
     assert (pixels[-1] == RED).all()
+
+
+def test_content_is_read_as_its_file_is(tmp_path, monkeypatch):
+    """The same pixels, and the same guards before the decoder."""
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 5000)
+    paths = [save(tmp_path / "good.png", solid()), bomb(tmp_path / "bomb.png", 9_000, 9_000)]
+    for name, content in (("text.png", b"no image"), ("empty.png", b""), ("large.png", b"\0" * 5001)):
+        (tmp_path / name).write_bytes(content)
+        paths.append(str(tmp_path / name))
+    files, contents = (load_images(values, 8) for values in (paths, [Path(path).read_bytes() for path in paths]))
+    np.testing.assert_array_equal(contents[0], files[0])
+    assert contents[2] == files[2] and contents[1].tolist() == [True, False, False, False, False]
 
 
 def test_a_pipe_is_not_read(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,8 +19,12 @@ from fusion.errors import ConfigError
 from fusion.export import savedmodel
 from fusion.export.warmup import read_warmup
 from fusion.rules import RULES
+from fusion.submodels import SUBMODELS
 from new_item_shops import CONTENTS, K_MAX, NEW, STEPS, WORDS, Shop, two_shops
+from recsys.cells import read_cells
+from recsys.collaborative.content import Contents
 from recsys.core import MemberScores, RankingCore
+from recsys.examples import ItemReader, write_examples
 from recsys.export import artifact_of, export_recommender
 from recsys.growing import GrowingCore
 from recsys.pipeline import rerun
@@ -261,6 +266,25 @@ def test_a_regression_foretells_their_vectors(base: dict[str, Any], shops: tuple
     assert not grown.add(tf.range(there, there + NEW), nothing).numpy().any()
     loaded.load_state({name: array for name, array in member.state().items() if not name.startswith("mapping/")})
     assert loaded.growing(NEW) is None, "fitted by older code"
+
+
+def test_cells_of_a_new_item(tmp_path: Path) -> None:
+    """A tabular encoder reads the columns that its pattern chose in training; cells may be numbers and lists."""
+    values, _ = read_cells(pd.DataFrame({"year": ["1990", "1991", "2000"], "kind": ["a", "b", "a|b"]}), ["*"])
+    encoder = SUBMODELS["dense"](SUBMODELS["dense"].Config(), 0)
+    encoder.adapt(values)
+    write_examples(tmp_path, {"cells": Contents(encoder, ("*",), np.zeros((3, 2), np.float32), np.ones(3, bool))})
+    reader = ItemReader(tmp_path)
+    assert reader.columns == {"cells": ("year", "kind")}
+    inputs, available, reasons = reader.read("cells", [{"year": 1995}, {"x": 1}, {"kind": ["a", "b"], "year": None}])
+    assert available.tolist() == [True, False, True] and reasons == ["", "year and kind are empty", ""]
+    assert inputs["numbers"][0, 0] == 1995 and inputs["missing"][:, 0].tolist() == [0, 1]
+    assert (
+        inputs["categories"].tolist()
+        == encoder.prepare(np.array([("", ""), ("", "a|b")], values.dtype))["categories"].tolist()
+    )
+    nothing, available, _ = reader.read("cells", [{}])
+    assert nothing == {} and not available.any()
 
 
 class TestExport:
