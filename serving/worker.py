@@ -35,9 +35,6 @@ from serving.watching import Watching
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
-SWITCH_S = 0.0005
-"""How long a thread may keep the interpreter while another waits for it. A batch waits for it more than once: with
-Python's 5 ms a third fewer calls are answered, and the slowest percent takes twice as long."""
 Announce = Callable[[dict[str, Any]], None]
 
 
@@ -64,7 +61,6 @@ class Worker:
         orders = None if self._shared is None else self._shared / "orders.json"
         if self._shared is not None:
             METRICS.share(self._shared)
-        sys.setswitchinterval(SWITCH_S)
         gc.freeze()  # what the libraries brought stays; collecting it again and again would make requests wait
         with contextlib.ExitStack() as open_parts:
             batching = settings.batching

@@ -285,6 +285,7 @@ def test_a_served_ensemble_standardises_nothing(weights: dict[str, str]) -> None
     assert folded(plain) is plain
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_clocks")
 def test_zeros_of_pruning_stay_zeros(weights: dict[str, str], tmp_path: Path) -> None:
     """Of a kernel that is standardised afterwards none would: recipes work on what is served."""

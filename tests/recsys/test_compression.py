@@ -302,6 +302,7 @@ def test_a_small_catalogue_has_items_to_judge_by(tmp_path):
     np.testing.assert_array_equal(data.judge(lambda features: features["x"]), np.ones(30))
 
 
+@pytest.mark.slow
 def test_all_recipes_side_by_side(classified):
     """A5, K10: one that has nothing to do and one that breaks its promise stop no other; cells are not made twice."""
     lost = {"kind": "prune", "criterion": "random", "sparsity": 0.9, "training": {"epochs": 1, "learning_rate": 1e-6}}

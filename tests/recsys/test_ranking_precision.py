@@ -210,6 +210,7 @@ def test_xla_gives_every_member_the_same_weights(name: str, world: World, tmp_pa
     check_compiled(COMPILED[name], world, tmp_path)
 
 
+@pytest.mark.slow
 def test_xla_gives_members_that_learn_together_the_same_weights(world: World, tmp_path: Path) -> None:
     """I8, G1: to 1e-4; an encoder that is trained with them looks its batch over for repeated items."""
     found = []

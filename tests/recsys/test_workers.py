@@ -304,6 +304,7 @@ def test_every_fit_of_a_classification_is_done_ahead(only_ahead: list[list[tuple
 # ---- real ones --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_leave_the_bits_that_one_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """I4: with as many threads, to the bit, and the same search; nothing is fitted in this process.
 
