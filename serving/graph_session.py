@@ -41,6 +41,9 @@ class GraphSession:
             intra_op_parallelism_threads=cores or 0,
             inter_op_parallelism_threads=RUN_IN_CALLER if cores == 1 else cores or 0,
         )
+        # It would rewrite the whole graph for each signature: half a second before a first answer, and no later one
+        # is faster for it.
+        config.graph_options.rewrite_options.disable_meta_optimizer = True
         graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=graph, config=config)
         with graph.as_default(), _without_advice():
