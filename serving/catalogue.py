@@ -85,7 +85,8 @@ class Catalogue:
         """
         if self._vectors is None:
             raise InvalidRequest("'diversity' must be 0: this artifact has no item vectors; export the run again.")
-        rows = np.array([self.rows[item] for item in item_ids], np.int64)
+        # An item that is being added may be in an answer before it is in the table.
+        rows = np.array([self.rows.get(item, len(self._vectors)) for item in item_ids], np.int64)
         there = rows < len(self._vectors)
         found = np.zeros((len(rows), self._vectors.shape[1]), np.float32)
         found[there] = self._vectors[rows[there]]

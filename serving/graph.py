@@ -21,14 +21,20 @@ from serving.errors import ArtifactRefused
 
 GRAPH_FILE = "saved_model.pb"
 SAVER_OPERATIONS = SERVED_OPERATIONS | {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
+RUN_ON_LOADING = ("saved_model_main_op", "legacy_init_op")
+"""Collections of operations that a session runs once the variables are there."""
 
 
 def read_graph(folder: Path) -> MetaGraphDef:
-    """The graph with its functions and signatures. Raises ArtifactRefused when it cannot be read."""
+    """The graph with its functions and signatures. Raises ArtifactRefused when it cannot be read, or is not the only
+    one, of which another could be run than the one that was looked at."""
     try:
-        return SavedModel.FromString((folder / GRAPH_FILE).read_bytes()).meta_graphs[0]
-    except (OSError, DecodeError, IndexError) as error:
+        graphs = SavedModel.FromString((folder / GRAPH_FILE).read_bytes()).meta_graphs
+    except (OSError, DecodeError) as error:
         raise ArtifactRefused(f"{GRAPH_FILE} must be a SavedModel; it cannot be read.") from error
+    if len(graphs) != 1:
+        raise ArtifactRefused(f"{GRAPH_FILE} must be a SavedModel of one graph; it holds {len(graphs)}.")
+    return graphs[0]
 
 
 def check_operations(graph: MetaGraphDef) -> None:
@@ -36,6 +42,7 @@ def check_operations(graph: MetaGraphDef) -> None:
     saver = graph.saver_def
     saver_nodes = {saver.save_tensor_name.split(":")[0], saver.restore_op_name}
     saver_functions = {name for node in graph.graph_def.node if node.name in saver_nodes for name in _calls(node)}
+    _check_nobody_saves(graph, saver_nodes)
     for node in graph.graph_def.node:
         if node.name not in saver_nodes:
             _check(node, "the main graph", saver_functions)
@@ -48,6 +55,25 @@ def check_operations(graph: MetaGraphDef) -> None:
                 _check(node, f"the function {name}", saver_functions)
             elif node.op not in SAVER_OPERATIONS:
                 raise _refusal(node, "the saver")
+
+
+def _check_nobody_saves(graph: MetaGraphDef, saver_nodes: set[str]) -> None:
+    """Raises ArtifactRefused where the saver, which writes files, would run with a signature or when a graph loads."""
+    for name, definition in graph.signature_def.items():
+        if any(_node_of(tensor.name) in saver_nodes for tensor in definition.outputs.values()):
+            raise ArtifactRefused(f"a graph that is served may only compute; its signature '{name}' calls the saver.")
+    for node in graph.graph_def.node:
+        if node.name not in saver_nodes and any(_node_of(tensor) in saver_nodes for tensor in node.input):
+            raise ArtifactRefused(f"a graph that is served may only compute; its node '{node.name}' calls the saver.")
+    for key in RUN_ON_LOADING:
+        if key in graph.collection_def:
+            nodes = graph.collection_def[key].node_list.value
+            if any(_node_of(tensor) in saver_nodes for tensor in nodes):
+                raise ArtifactRefused("a graph that is served may only compute; it calls its saver when it is loaded.")
+
+
+def _node_of(tensor: str) -> str:
+    return tensor.removeprefix("^").split(":")[0]
 
 
 def signature_defs(graph: MetaGraphDef) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The graph of an artifact, loaded and called as TensorFlow Serving does it: in a session, by callables.
+"""The graph of an artifact, loaded and called as TensorFlow Serving does it: in a session.
 
-A call hands its arrays to TensorFlow and gets arrays back in one step that lets go of Python's interpreter once. Called
-as a function of TensorFlow 2 the same signature makes a tensor of each input, an array of each output, and waits for
-the interpreter in between, which doubles the time of a small call beside a busy event loop.
+A call hands its arrays to TensorFlow and gets arrays back in one step, for which it lets go of Python's interpreter
+once. Called as a function of TensorFlow 2 the same signature makes a tensor of each input, an array of each output, and
+waits for the interpreter in between, which doubles the time of a small call beside a busy event loop.
 """
 
 from __future__ import annotations

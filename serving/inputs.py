@@ -62,11 +62,12 @@ def pad_strings(lists: Sequence[Sequence[str]]) -> np.ndarray:
     return padded
 
 
-def text_row(values: Sequence[bytes]) -> np.ndarray:
-    """One list of text as `pad_strings` gives it, of values that are UTF-8 already."""
+def text_row(values: Sequence[bytes], longest: int) -> np.ndarray:
+    """One list of text as `pad_strings` gives it, of values that are UTF-8 already; padding stops at the limit."""
     if not values:
         return NO_TEXT
-    row = np.full((1, 1 << (len(values) - 1).bit_length()), b"", object)
+    padded = 1 << (len(values) - 1).bit_length()
+    row = np.full((1, max(len(values), min(padded, longest))), b"", object)
     row[0, : len(values)] = values
     return row
 

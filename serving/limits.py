@@ -1,4 +1,5 @@
-"""How large a request may be. One value class, checked in one place (`serving.predictor`), the same by every door."""
+"""How large a request may be. One value class, the same for every door; `serving.inputs` holds tensors
+against it, `serving.recommending` ids."""
 
 from __future__ import annotations
 

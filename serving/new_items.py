@@ -13,6 +13,7 @@ import base64
 import binascii
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from fusion.export.manifest import EngineError
 from serving.catalogue import IMAGE, ITEM_ID, Catalogue
-from serving.errors import InvalidRequest, ItemExists, LimitExceeded, NotPossible, ServingError, UnknownModel, unknown
+from serving.errors import InvalidRequest, ItemExists, LimitExceeded, NotPossible, UnknownModel, unknown
 from serving.inputs import Arrays
 from serving.items_journal import ItemsJournal
 from serving.model_store import ADD_ITEMS, ModelStore, Servable, State
@@ -134,9 +134,9 @@ class NewItems:
                 self._catch_up(servable)
                 self._check(servable, items)
             embedded = [self._embedded(servable, read) for servable in takers]
-            newest = self._beside(takers[0]).reader
-            for place, item in enumerate(items):
-                _check_embedded(item, place, embedded[0], newest)
+            for servable, found in zip(takers, embedded, strict=True):
+                for place, item in enumerate(items):
+                    _check_embedded(item, place, found, self._beside(servable).reader)
             self._journal.append(takers[0].name, items)
             for servable, found in zip(takers, embedded, strict=True):
                 self._give(servable, items, found.vectors)
@@ -179,7 +179,7 @@ class NewItems:
                         servable.version,
                         len(missing),
                     )
-            except (OSError, EngineError):
+            except Exception:  # a version without new items is better than none
                 logger.exception("the new items of the journal cannot be added to '%s'", servable.name)
 
     def start(self) -> None:
@@ -198,8 +198,11 @@ class NewItems:
         for name in self._store.names():
             with contextlib.suppress(UnknownModel), self._lock, self._leased(name) as servables:
                 for servable in filter(_takes, servables):
-                    if self._beside(servable).seen != self._journal.size:
-                        self._catch_up(servable)
+                    try:
+                        if self._beside(servable).seen != self._journal.size:
+                            self._catch_up(servable)
+                    except Exception:  # the other versions must not go without
+                        logger.exception("looking for new items of '%s' failed; it is tried again", name)
 
     def _watch(self) -> None:
         while not self._stop.wait(WATCH_S):
@@ -211,10 +214,10 @@ class NewItems:
     def _catch_up(self, servable: Servable) -> None:
         beside = self._beside(servable)
         seen = self._journal.size
-        missing, beside.read = self._missing(servable, beside.read)
-        beside.seen = seen
+        missing, end = self._missing(servable, beside.read)
         for start in range(0, len(missing), TOGETHER):
             self._replay(servable, missing[start : start + TOGETHER])
+        beside.read, beside.seen = end, seen  # not before: what an error cut short is tried again
 
     def _missing(self, servable: Servable, start: int) -> tuple[list[Item], int]:
         """What the journal has, from a byte on, that the version does not know, and where the journal ends."""
@@ -231,7 +234,9 @@ class NewItems:
             catalogue = self._recommending.catalogue(servable)
             found = self._embedded(servable, [_for_reader(item) for item in items])
             added = self._give(servable, [_fitting(catalogue, item) for item in items], found.vectors)
-        except (ServingError, EngineError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # of a reader; whatever it is, the other items must not suffer
             if len(items) > 1:  # those that are not at fault
                 for item in items:
                     self._replay(servable, [item])
@@ -340,6 +345,8 @@ def _check_cell(column: str, cell: Any, where: str) -> None:
     texts = cell if isinstance(cell, list) else [cell]
     if not all(isinstance(text, str | int | float | bool | None) for text in texts):
         raise InvalidRequest(f"{where} must be text, a number, true, false, or a list of these.")
+    if any(isinstance(text, float) and not math.isfinite(text) for text in texts):
+        raise InvalidRequest(f"{where} must be a finite number.")
     if sum(len(str(text)) for text in texts) > LONGEST_TEXT:
         raise LimitExceeded(f"{where} must have at most {LONGEST_TEXT} characters.")
 

@@ -1,7 +1,8 @@
 """Answers from one artifact: checked inputs in, numpy arrays out, errors only from `serving.errors`.
 
-Every door (gRPC, REST, batch jobs, the command line) goes through `Predictor.predict`, so that one request gets one
-answer. Knows nothing of training, of Keras or of the models inside the graph.
+Every door (gRPC, REST, batch jobs, the command line) ends in `Predictor.run`, with inputs that `check` or
+`serving.recommending` has checked, so that one request gets one answer. Knows nothing of training, of Keras or of the
+models inside the graph.
 """
 
 from __future__ import annotations
@@ -102,10 +103,11 @@ class Predictor:
         try:
             return self._graph.run(signature, arrays)
         except tf.errors.InvalidArgumentError as error:
-            raise InvalidRequest(f"'{signature}' cannot answer these inputs: {error.message}.") from error
+            reason = error.message.removeprefix("Graph execution error:").strip().partition("\n")[0]
+            raise InvalidRequest(f"'{signature}' cannot answer these inputs: {reason}.") from error
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
             raise Overloaded("the request needs more memory than is free; send fewer rows, or try again.") from error
-        except (tf.errors.OpError, ValueError, TypeError) as error:
+        except (tf.errors.OpError, ValueError, TypeError, LookupError, RuntimeError) as error:
             raise ServingError(f"'{signature}' failed: {error}") from error
 
     def signature(self, name: str) -> Signature:

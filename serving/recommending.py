@@ -184,7 +184,7 @@ class Recommending:
             return await in_thread(partial(self.recommend, arrived=arrived), request)
         with self._asked(request, arrived) as asked:
             if not asked.loaded.read:  # the first request reads the tables of the version
-                return await in_thread(partial(self.recommend, arrived=arrived), request)
+                return await in_thread(lambda held: _list(held, *self._answered(held)), asked)
             failure = None
             if self._whole(asked):
                 try:
@@ -296,7 +296,9 @@ class Recommending:
         return self._dropped(asked).isdisjoint(asked.names) and asked.loaded.whole.allows()
 
     def _dropped(self, asked: _Asked) -> frozenset[str]:
-        return self._store.dropped(asked.servable.name)
+        dropped = self._store.dropped(asked.servable.name)
+        # Of a version that came later all members may have been dropped; one that answers is better than none.
+        return frozenset() if dropped.issuperset(asked.names) else dropped
 
     def _apart(self, asked: _Asked, failure: ServingError | None) -> tuple[Arrays, dict[str, str]]:
         """What `_answered` gives, of members that are asked one by one."""
@@ -356,10 +358,10 @@ def _inputs(request: RecommendRequest, catalogue: Catalogue, limits: Limits) -> 
         include = [item.encode("utf-8") for item in _filtered(request, catalogue, limits)]
     return {
         "user_id": np.array(user_id, object),
-        "history": text_row(history),
+        "history": text_row(history, limits.history),
         "k": np.array([limits.k if longer else request.k], np.int32),
-        "exclude": text_row(exclude),
-        "include": text_row(include),
+        "exclude": text_row(exclude, limits.exclude),
+        "include": text_row(include, limits.include),
     }
 
 

@@ -45,6 +45,33 @@ def test_the_savers_operations_are_the_savers_alone(artifact, tmp_path):
         check_operations(graph)
 
 
+def test_nobody_calls_the_saver(artifact):
+    """R8: in a session a signature could name any node; the saver writes files, so none may name it."""
+    saver = read_graph(artifact).saver_def.save_tensor_name
+    graph = read_graph(artifact)
+    next(iter(graph.signature_def["recommend"].outputs.values())).name = saver
+    with pytest.raises(ArtifactRefused, match="signature 'recommend' calls the saver"):
+        check_operations(graph)
+    graph = read_graph(artifact)
+    graph.graph_def.node.add(name="mine", op="Identity", input=[saver])
+    with pytest.raises(ArtifactRefused, match="node 'mine' calls the saver"):
+        check_operations(graph)
+    graph = read_graph(artifact)
+    graph.collection_def["saved_model_main_op"].node_list.value.append(saver.split(":")[0])
+    with pytest.raises(ArtifactRefused, match="when it is loaded"):
+        check_operations(graph)
+
+
+def test_a_second_graph_is_refused(artifact, tmp_path):
+    """R8: the one that is looked at is the one that is run."""
+    folder = tmp_path / "1"
+    shutil.copytree(artifact, folder)
+    content = (folder / "saved_model.pb").read_bytes()
+    (folder / "saved_model.pb").write_bytes(content + content)  # repeated fields of a message add up
+    with pytest.raises(ArtifactRefused, match="of one graph; it holds 2"):
+        read_graph(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xff", b"<html>"])
 def test_a_file_that_is_no_graph_is_refused(artifact, tmp_path, content):
     folder = tmp_path / "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -184,6 +185,7 @@ def embedded(found: Server) -> dict[str, Any]:
         ([{"item_id": "\ud800"}], InvalidRequest, "items.0.item_id"),
         ([{"item_id": "a", "txt": "x"}], InvalidRequest, "no such column; received 'txt'; did you mean 'text'"),
         ([{"item_id": "a", "text": {"b": 1}}], InvalidRequest, "items.0.text must be text, a number"),
+        ([{"item_id": "a", "year": math.inf}], InvalidRequest, "items.0.year must be a finite number"),
         (
             [{"item_id": "a", "text": "x", "genres": "new"}],
             InvalidRequest,

@@ -7,7 +7,7 @@ import pytest
 
 from fusion.export.manifest import TensorSpec
 from serving import errors
-from serving.inputs import check_inputs
+from serving.inputs import check_inputs, text_row
 from serving.limits import Limits
 from serving.predictor import Predictor, pad_strings
 
@@ -55,6 +55,12 @@ def test_batch_equals_single_rows(predictor):
 def test_serving_default_takes_candidates(predictor):
     answer = predictor.predict("serving_default", {"history": [["i0"]], "candidates": [["i1", "i0", "unknown"]]})
     np.testing.assert_array_equal(answer["scores"], [[9.0, 0.0, -np.inf]])
+
+
+def test_padding_of_a_list_stops_at_its_limit():
+    """R8: or a list within the limit would be refused for what was added to it."""
+    assert [text_row([b"a"] * n, 10).shape[1] for n in (0, 1, 3, 5, 9, 10)] == [1, 1, 4, 8, 10, 10]
+    assert text_row([b"x", b"y", b"z"], 10).tolist() == [[b"x", b"y", b"z", b""]]
 
 
 def test_text_may_be_bytes_str_or_lists_and_numbers_of_any_width(predictor):
