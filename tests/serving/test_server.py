@@ -94,7 +94,7 @@ def test_both_doors_answer_alike_roll_over_and_drain(artifact, tmp_path):
     """O7 O10 O13: gRPC and REST from one process; a published version takes over while clients ask, and none of them
     fails; SIGTERM ends with 0 after what is inside is answered."""
     publish(artifact, tmp_path, "films")
-    more = ("--feedback", tmp_path / "told", "--host-name", "Films.example")
+    more = ("--feedback", tmp_path / "told", "--host-name", "Films.example", "--cores", "2")
     with served(tmp_path, *more) as (process, facts, log), recommends(facts) as ask:
         event = json.dumps({"events": [{"user_id": "u1", "item_id": "i2"}]}).encode()
         post(facts, "/v1/feedback", event)
