@@ -2,7 +2,9 @@
 
 A call hands its arrays to TensorFlow and gets arrays back in one step, for which it lets go of Python's interpreter
 once. Called as a function of TensorFlow 2 the same signature makes a tensor of each input, an array of each output, and
-waits for the interpreter in between, which doubles the time of a small call beside a busy event loop.
+waits for the interpreter in between, which doubles the time of a small call beside a busy event loop. `Session.run`,
+and `make_callable` which ends there, look up all feeds and fetches again in each call: 440 and not 240 us for six rows
+of a small graph. So what is to be run is settled once, in C++.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2
 
 from serving.inputs import Arrays
 
@@ -67,10 +70,12 @@ class GraphSession:
         with self._lock:
             if signature not in self._calls:
                 definition = self._definitions[signature]
-                run = self._session.make_callable(
-                    [tensor.name for tensor in definition.outputs.values()],
-                    feed_list=[tensor.name for tensor in definition.inputs.values()],
+                options = config_pb2.CallableOptions(
+                    feed=[tensor.name for tensor in definition.inputs.values()],
+                    fetch=[tensor.name for tensor in definition.outputs.values()],
                 )
+                # It has no public name; TensorFlow's own debugger calls it as well.
+                run = self._session._make_callable_from_options(options)
                 self._calls[signature] = _Call(tuple(definition.inputs), tuple(definition.outputs), run)
             return self._calls[signature]
 

@@ -528,8 +528,8 @@ def _list_bytes(call: _Call, answer: ItemList) -> bytes:
     call.model = answer.model
     message = wire.ItemList(
         items=[
-            wire.Item(item_id=item.item_id, score=item.score, contributions=item.contributions.values())
-            for item in answer.items
+            {"item_id": item_id, "score": score, "contributions": contributions.values()}
+            for item_id, score, contributions in answer.items
         ],
         model_name=answer.model,
         version=answer.version,

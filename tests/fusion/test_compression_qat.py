@@ -465,6 +465,6 @@ def test_minilm_becomes_a_quarter(tmp_path):
     compressed, done = applied(Qat, model, data, training=training)
     tflite = write_tflite(compressed, data.representative)
     assert len(done.facts["quantised"]) == len(int8_kernels(tflite)) == 37
-    assert len(tflite) < 24_000_000 < 90_000_000 < 4 * sum(weight.size for weight in model.get_weights())
+    assert len(tflite) < 24_000_000 < 89_000_000 < 4 * sum(weight.size for weight in model.get_weights())
     assert constants(tflite)["float32"]["bytes"] < 100_000
     assert data.quality(litert_answer(tflite)) > 0.93
