@@ -26,6 +26,7 @@ from fusion.types import Features
 from recsys.collaborative.content import read_items
 from recsys.item_tables import SEPARATOR
 from recsys.schema import IMAGE
+from recsys.thumbnails import SIDE, small_jpegs
 
 FOLDER = "examples"
 CHOSEN_BY_PATTERN = ("numeric", "categorical")
@@ -130,6 +131,11 @@ class ItemReader:
         if not available.any():
             return {}, available, reasons
         return encoder.prepare(take(values, np.flatnonzero(available))), available, reasons
+
+    def picture(self, image: bytes) -> bytes | None:
+        """A small picture for pages, a JPEG of at most 168 × 168 pixels; None where the image cannot be used."""
+        jpeg = small_jpegs([image], SIDE)[0]
+        return None if jpeg is None else jpeg.content
 
 
 def _cell(value: Any) -> str:

@@ -2,21 +2,28 @@
 
 A spare row that no item has taken changes nothing: what a rule hears ends where the items end. New items are scored by
 members that read content; to all others they are what cold items are.
+
+`withdraw_items` takes items out of all lists, new ones and those of the catalogue alike, and puts them back. They stay
+known to histories, and the scores of all other items stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from fusion.compat import tf
 from fusion.rules.base import Rule
 from recsys.collaborative.base import PADDING, Member, SettledScorer, constant
+from recsys.collaborative.tables import write_rows
 from recsys.core import MemberScores, RankingCore, Said
 
-ADD_ITEMS = "add_items"
-"""The signature that adds items; the only one that changes the model."""
+ADD_ITEMS, WITHDRAW_ITEMS = "add_items", "withdraw_items"
+"""The signatures that add items, and that take them out of all lists or put them back."""
+CHANGING = (ADD_ITEMS, WITHDRAW_ITEMS)
+"""The only signatures that change the model."""
 HASHES = 2**62
 _UNUSED = 2**63 - 1
 """Above every hash."""
@@ -55,12 +62,18 @@ class GrowingScores(MemberScores):
         ]
         write_columns(self.speaks, numbers, tf.cast(tf.stack(speaks, axis=1), tf.float32))
 
+    def silence(self, numbers: tf.Tensor) -> None:
+        """From now on nobody says anything about these rows, int32 `[n]`, which no item has any more."""
+        write_columns(self.speaks, numbers, tf.zeros([tf.size(numbers), len(self.scorers)]))
+
 
 class GrowingCore(RankingCore):
-    """Members and one rule over a catalogue that grows: fused scores `[B, I + N]`, -inf for rows without an item.
+    """Members and one rule over a catalogue that grows: fused scores `[B, I + N]`, -inf for rows without an item and
+    for items that are withdrawn.
 
     Attributes:
         count: how many items there are.
+        withdrawn: float32 `[I + N]`, -inf of items that are withdrawn, else 0.
     """
 
     members: GrowingScores
@@ -68,6 +81,7 @@ class GrowingCore(RankingCore):
     def __init__(self, members: GrowingScores, rule: Rule, items: int) -> None:
         super().__init__(members, rule)
         self.count = tf.Variable(items, trainable=False, dtype=tf.int32, name="item_count")
+        self.withdrawn = tf.Variable(tf.zeros([members.items]), trainable=False, name="withdrawn_items")
 
     def heard(self, history: tf.Tensor, scores: tf.Tensor, mask: tf.Tensor) -> Said:
         """As in `RankingCore`, without the rows that no item has: scales of rules may depend on how many items there
@@ -81,7 +95,23 @@ class GrowingCore(RankingCore):
         fused = super().fused(said)
         unused = self.members.items - tf.shape(fused)[1]
         padded = tf.pad(fused, [[0, 0], [0, unused]], constant_values=-np.inf)
-        return tf.ensure_shape(padded, [None, self.members.items])
+        return self.offered(tf.ensure_shape(padded, [None, self.members.items]))
+
+    def offered(self, scores: tf.Tensor) -> tf.Tensor:
+        """Scores `[B, I + N]` with -inf for items that are withdrawn."""
+        return scores + self.withdrawn
+
+    def is_withdrawn(self, numbers: tf.Tensor) -> tf.Tensor:
+        """Of items by number (-1 is none): bool, of the same shape."""
+        return (numbers >= 0) & (tf.gather(self.withdrawn, tf.maximum(numbers, 0)) < 0.0)
+
+    def withdraw(self, numbers: tf.Tensor, withdrawn: tf.Tensor) -> None:
+        """Takes items out of all lists where `withdrawn` (bool `[n]`), and puts them back where not.
+
+        Args:
+            numbers: int32 `[n]`, all different.
+        """
+        write_rows(self.withdrawn, numbers, tf.where(withdrawn, -np.inf, 0.0))
 
 
 class GrowingIds(tf.Module):
@@ -90,35 +120,39 @@ class GrowingIds(tf.Module):
     These are searched by their hashes. A hash table that can grow would be found by a name that stands in the graph, so
     that two loaded versions of a model would share it.
 
+    A lookup may run while ids are learned. The index is therefore one variable, of which a lookup sees the old state or
+    the new one; and what it points to counts only where the item has the id that was asked for. A new id may be missed
+    at that moment, but none is ever taken for another one, and those that were known before are found.
+
     Args:
         table: ids of the catalogue.
-        items: I, how many that are.
-        spare: N, the most that can be new.
+        item_ids: all ids by number, string `[I + N + 1]`, '' where no item is.
+        items: I, how many the catalogue has.
     """
 
-    def __init__(self, table: tf.lookup.StaticHashTable, items: int, spare: int) -> None:
+    def __init__(self, table: tf.lookup.StaticHashTable, item_ids: tf.Variable, items: int) -> None:
         super().__init__()
-        self.table, self.items = table, items
-        # One more than there can be, with the largest hash: every search ends before the end.
-        self.hashes = tf.Variable(np.full([1, spare + 1], _UNUSED), trainable=False, name="new_item_hashes")
-        self.ids = tf.Variable([""] * (spare + 1), trainable=False, name="new_item_ids")
-        self.numbers = tf.Variable([PADDING] * (spare + 1), trainable=False, dtype=tf.int32, name="new_item_numbers")
+        self.table, self.item_ids, self.items = table, item_ids, items
+        # The last number is never taken, so the largest hash stays in the index: every search ends before the end.
+        numbers = np.arange(items, item_ids.shape[0])
+        index = np.stack([np.full(len(numbers), _UNUSED), numbers])
+        self.index = tf.Variable(index, trainable=False, name="new_item_index")
 
     def lookup(self, ids: tf.Tensor) -> tf.Tensor:
         """Numbers int32 of ids, of the same shape; the empty string is nobody's id."""
-        place = tf.raw_ops.LowerBound(sorted_inputs=self.hashes, values=tf.reshape(_hashes(ids), [1, -1]))
-        place = tf.reshape(place, tf.shape(ids))
-        return tf.where(tf.gather(self.ids, place) == ids, tf.gather(self.numbers, place), self.table.lookup(ids))
+        index = self.index.read_value()
+        place = tf.raw_ops.LowerBound(sorted_inputs=index[:1], values=tf.reshape(_hashes(ids), [1, -1]))
+        number = tf.gather(index[1], tf.reshape(place, tf.shape(ids)))
+        there = (tf.gather(self.item_ids, number) == ids) & (ids != "")
+        return tf.where(there, tf.cast(number, tf.int32), self.table.lookup(ids))
 
-    def learn(self, item_ids: tf.Tensor) -> None:
-        """Takes the ids of new items from all ids by number, `[I + N + 1]`, '' where no item is."""
-        ids = item_ids[self.items :]
+    def learn(self) -> Any:
+        """Takes the ids of new items from `item_ids`; returns the operation that does."""
+        ids = self.item_ids[self.items :]
         hashes = tf.where(ids == "", tf.constant(_UNUSED, tf.int64), _hashes(ids))
-        order = tf.argsort(hashes)
-        numbers = tf.where(ids == "", PADDING, self.items + tf.range(tf.size(ids)))
-        self.hashes.assign(tf.gather(hashes, order)[None])
-        self.ids.assign(tf.gather(ids, order))
-        self.numbers.assign(tf.gather(numbers, order))
+        numbers = self.items + tf.range(tf.size(ids, tf.int64))
+        index = tf.gather(tf.stack([hashes, numbers]), tf.argsort(hashes), axis=1)
+        return self.index.assign(index, read_value=False)
 
 
 def signature_names(member: str, fitted: Member) -> dict[str, str]:

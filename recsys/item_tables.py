@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from sklearn.preprocessing import normalize
 from sklearn.utils.extmath import randomized_svd
 
 from fusion.errors import ConfigError
-from fusion.files import write_atomically
+from fusion.files import save_arrays, write_atomically
 from fusion.registry import nearest
 from recsys.collaborative.content import Contents
 from recsys.schema import IMAGE, ITEM_ID, TITLE, Interactions
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from recsys.settings import ExportSettings
 
 ITEMS, VECTORS, PICTURES = "items.parquet", "item_vectors.npy", "pictures"
+PROJECTIONS = "item_projections.npz"
 _BLOCK = 256
 """Pictures that are in memory at once."""
 LONGEST = 256
@@ -69,8 +70,23 @@ def _values(cell: Any) -> list[str]:
     return [value.strip() for value in str(cell).split(SEPARATOR) if value.strip()]
 
 
-def item_vectors(contents: Mapping[str, Contents], history: sparse.csr_matrix) -> tuple[np.ndarray, str]:
-    """A vector for each item, float16 `[I, D]` of unit length, D at most 64, and in words what they are made of.
+class ItemVectors(NamedTuple):
+    """A vector for each item.
+
+    Attributes:
+        rows: float16 `[I, D]` of unit length, D at most 64.
+        made_of: in words.
+        projections: by content float32 `[E, D]`: an item's embeddings, each of unit length, times these, summed and
+            scaled to unit length, are its vector. Empty where vectors are made of who took what.
+    """
+
+    rows: np.ndarray
+    made_of: str
+    projections: dict[str, np.ndarray]
+
+
+def item_vectors(contents: Mapping[str, Contents], history: sparse.csr_matrix) -> ItemVectors:
+    """Vectors of the items, by which lists are spread.
 
     Cosines of the vectors come near to those of the embeddings of all contents side by side, of which the vectors are
     the truncated singular value decomposition; an item of which there is no content has zeros. Without any content it
@@ -81,17 +97,20 @@ def item_vectors(contents: Mapping[str, Contents], history: sparse.csr_matrix) -
         history: `[U, I]` positives.
     """
     distinct = {(content.encoder.fingerprint(), content.columns): name for name, content in contents.items()}
-    if distinct:
-        matrix, made_of = np.hstack([contents[name].table for name in distinct.values()]), ", ".join(distinct.values())
+    tables = {name: contents[name].table for name in distinct.values()}
+    if tables:
+        matrix, made_of = np.hstack(list(tables.values())), ", ".join(tables)
         known = np.flatnonzero(matrix.any(axis=1))
     else:
         users = np.random.default_rng(0).permutation(history.shape[0])[:MOST_USERS]
         matrix, made_of = normalize(history[np.sort(users)].T.tocsr()), "who took what"
         known = np.flatnonzero(matrix.getnnz(axis=1))
-    left, strength, _ = randomized_svd(matrix, min(DIMENSIONS, *matrix.shape), random_state=0)
+    left, strength, right = randomized_svd(matrix, min(DIMENSIONS, *matrix.shape), random_state=0)
     vectors = np.zeros_like(left)  # of nothing it makes rounding, which must not be scaled up
     vectors[known] = (left * strength)[known]
-    return normalize(vectors).astype(np.float16), made_of
+    ends = np.cumsum([table.shape[1] for table in tables.values()])
+    parts = np.split(right.T.astype(np.float32), ends[:-1]) if tables else []
+    return ItemVectors(normalize(vectors).astype(np.float16), made_of, dict(zip(tables, parts, strict=True)))
 
 
 def write_pictures(folder: Path, pictures: Sequence[Picture], side: int) -> list[str | None]:
@@ -116,7 +135,7 @@ def write_item_tables(
     history: sparse.csr_matrix,
 ) -> dict[str, Any]:
     """Writes `items.parquet` (id, title, attributes) and `item_vectors.npy`, with rows in the order of numbers, and
-    pictures.
+    pictures; where new items may join, also `item_projections.npz`, which makes vectors of them.
 
     Returns what the manifest says of them.
     """
@@ -127,12 +146,12 @@ def write_item_tables(
     if settings.pictures and IMAGE in data.catalogue:
         table[IMAGE] = write_pictures(folder, list(data.catalogue[IMAGE]), settings.pictures)
     write_atomically(folder / ITEMS, table.to_parquet(index=False))
-    vectors, made_of = item_vectors(contents, history)
-    content = io.BytesIO()
-    np.save(content, vectors, allow_pickle=False)
+    vectors, content = item_vectors(contents, history), io.BytesIO()
+    np.save(content, vectors.rows, allow_pickle=False)
     write_atomically(folder / VECTORS, content.getvalue())
+    told = {"file": VECTORS, "dtype": "float16", "shape": list(vectors.rows.shape), "made_of": vectors.made_of}
+    if settings.spare_items and vectors.projections:
+        save_arrays(folder / PROJECTIONS, vectors.projections)
+        told["projections"] = PROJECTIONS
     lists = {name: "list" if found[name].map(lambda cell: isinstance(cell, list)).any() else "text" for name in found}
-    return {
-        "attributes": lists,
-        "vectors": {"file": VECTORS, "dtype": "float16", "shape": list(vectors.shape), "made_of": made_of},
-    }
+    return {"attributes": lists, "vectors": told}

@@ -15,7 +15,15 @@ from recsys.collaborative.base import PADDING, Member, constant
 from recsys.collaborative.content import Contents
 from recsys.collaborative.tables import write_rows
 from recsys.core import RankingCore, Said
-from recsys.growing import ADD_ITEMS, GrowingCore, GrowingIds, rows_for, signature_names, write_columns
+from recsys.growing import (
+    ADD_ITEMS,
+    WITHDRAW_ITEMS,
+    GrowingCore,
+    GrowingIds,
+    rows_for,
+    signature_names,
+    write_columns,
+)
 from recsys.ranking_student import StudentScorer
 from recsys.retrieval import top_k
 
@@ -44,7 +52,8 @@ class ServedRecommender(tf.Module):
     """Signatures over string ids, each input with the leading axis B, lists padded with ''.
 
     Args:
-        core: members and rule; a `GrowingCore` has spare rows behind the catalogue, for `add_items`.
+        core: members and rule; a `GrowingCore` has spare rows behind the catalogue, for `add_items`, and items of it
+            can be withdrawn.
         item_ids: `[I]` str, by number.
         user_ids: `[U]` str, by number.
         history: `[U, I]` positives that the members score from.
@@ -75,7 +84,7 @@ class ServedRecommender(tf.Module):
         nobody = [""] * (self.spare + 1)
         self.item_ids = tf.Variable(np.append(item_ids.astype(object), nobody), trainable=False, name="item_ids")
         known = _id_table(item_ids)
-        self.item_table: Any = GrowingIds(known, len(item_ids), self.spare) if self.spare else known
+        self.item_table: Any = GrowingIds(known, self.item_ids, len(item_ids)) if self.spare else known
         self.user_table = _id_table(user_ids)
         self.history = _Rows(history, "history")
         self.seen = _Rows(seen, "seen")
@@ -110,6 +119,7 @@ class ServedRecommender(tf.Module):
             functions[f"member_{name}"] = self._member_function(name)
         if self.spare:
             functions[ADD_ITEMS] = self._add_function()
+            functions[WITHDRAW_ITEMS] = self._withdraw_function()
         if self.recommend_fast is not None:
             functions["recommend_fast"] = self.recommend_fast.get_concrete_function()
         for name in self.embed:
@@ -159,7 +169,7 @@ class ServedRecommender(tf.Module):
             )
             scores = student.scores(vectors)
             if self.spare:
-                scores = tf.pad(scores, [[0, 0], [0, self.spare]], constant_values=-np.inf)
+                scores = self._offered(tf.pad(scores, [[0, 0], [0, self.spare]], constant_values=-np.inf))
             answer = self._best(self._open(user, given, scores, exclude, include), k)
             return {**answer, "contributions": answer["scores"][:, None], "known_user": user >= 0}
 
@@ -201,7 +211,8 @@ class ServedRecommender(tf.Module):
 
         Takes `item_id` string `[B]`, and by content what `embed_item_<name>` made of it, `embed_item_<name>` float32
         `[B, D]`, 0 where an item has no such content. Returns `number` int32 `[B]`, the row that each item took, -1
-        where it was not added: it is known, stands in the call before, has no id or no content, or no row is left.
+        where it was not added: it is known, stands in the call before, has no id or no content, or no row is left. A
+        new item that was withdrawn may come again, with other contents: it takes another row.
         One call at a time. Others may run meanwhile; they may meet an item of which they do not know everything yet.
         """
         core, ids = self.core, self.item_table
@@ -213,21 +224,48 @@ class ServedRecommender(tf.Module):
         def add(item_id: tf.Tensor, **given: tf.Tensor) -> dict[str, tf.Tensor]:
             units = {name: tf.math.l2_normalize(given[f"embed_item_{name}"], axis=1) for name in self.searched}
             described = tf.reduce_any([tf.reduce_any(unit != 0.0, axis=1) for unit in units.values()], axis=0)
-            taken = core.count.read_value()
-            number = rows_for(item_id, described & (ids.lookup(item_id) < 0), taken, self.items)
+            taken, known = core.count.read_value(), ids.lookup(item_id)
+            again = core.is_withdrawn(known) & (known >= self.items - self.spare)
+            number = rows_for(item_id, described & ((known < 0) | again), taken, self.items)
             rows = tf.where(number >= 0)[:, 0]
             numbers, units = tf.gather(number, rows), {name: tf.gather(unit, rows) for name, unit in units.items()}
             for name, (table, silent) in self.searched.items():
                 write_columns(table, numbers, units[name])
-                known = tf.reduce_any(units[name] != 0.0, axis=1)
-                write_rows(silent, numbers, tf.where(known, 0.0, -np.inf))
+                has = tf.reduce_any(units[name] != 0.0, axis=1)
+                write_rows(silent, numbers, tf.where(has, 0.0, -np.inf))
+            left = tf.boolean_mask(known, again & (number >= 0))
+            core.members.silence(left)
             core.members.add(numbers, units)
-            write_rows(self.item_ids, numbers, tf.gather(item_id, rows))
-            ids.learn(self.item_ids)
-            core.count.assign(taken + tf.size(numbers))
+            names = tf.concat([tf.fill(tf.shape(left), ""), tf.gather(item_id, rows)], axis=0)
+            write_rows(self.item_ids, tf.concat([left, numbers], axis=0), names)
+            with tf.control_dependencies([ids.learn()]):  # no list has an item before it has its id
+                core.count.assign(taken + tf.size(numbers))
             return {"number": number}
 
         return tf.function(add).get_concrete_function(**specs)
+
+    def _withdraw_function(self) -> Any:
+        """`withdraw_items`: takes items out of all lists, or puts them back. Histories know them all the same.
+
+        Takes `item_id` string `[B]`, all different, and `withdrawn` bool `[B]`. Returns `number` int32 `[B]`, the row
+        of each item, -1 of those that are not known. One call at a time, and none beside `add_items`; others may run
+        meanwhile.
+        """
+        core = self.core
+        assert isinstance(core, GrowingCore)
+
+        @tf.function(input_signature=[_ids("item_id", 1), tf.TensorSpec([None], tf.bool, name="withdrawn")])
+        def withdraw(item_id: tf.Tensor, withdrawn: tf.Tensor) -> dict[str, tf.Tensor]:
+            number = self.item_table.lookup(item_id)
+            known = number >= 0
+            core.withdraw(tf.boolean_mask(number, known), tf.boolean_mask(withdrawn, known))
+            return {"number": number}
+
+        return withdraw.get_concrete_function()
+
+    def _offered(self, scores: tf.Tensor) -> tf.Tensor:
+        """Scores `[B, I]` with -inf for items that are withdrawn, where there can be such."""
+        return self.core.offered(scores) if isinstance(self.core, GrowingCore) else scores
 
     def _asked(self, user_id: tf.Tensor, history: tf.Tensor) -> _Asked:
         user, given = self._who(user_id, history)
@@ -289,7 +327,7 @@ class ServedRecommender(tf.Module):
         def search(*values: tf.Tensor) -> dict[str, tf.Tensor]:
             example = embed(**dict(zip(specs, values[:-1], strict=True)))["embedding"]
             cosines = tf.matmul(tf.math.l2_normalize(example, axis=-1), table)
-            return self._best(cosines + silent, values[-1])
+            return self._best(self._offered(cosines + silent), values[-1])
 
         return search
 

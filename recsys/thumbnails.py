@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 
 from fusion.images import FORMATS, MAX_FILE_BYTES, MAX_PIXELS, load_images
 
-Picture = str | os.PathLike[str] | np.ndarray | None
-"""The path of an image file, an array `[H, W]` or `[H, W, 3]`, or nothing ('' or None)."""
+Picture = str | os.PathLike[str] | bytes | np.ndarray | None
+"""The path of an image file or its content, an array `[H, W]` or `[H, W, 3]`, or nothing ('' or None)."""
 
 SIDE = 168
 """Pixels; twice what the page shows, for dense screens."""
@@ -57,7 +57,9 @@ def small_jpegs(pictures: Sequence[Picture], side: int) -> list[Jpeg | None]:
         result[index] = _encoded(Image.fromarray(image)) if ok else None
     for index, picture in enumerate(pictures):
         if isinstance(picture, str | os.PathLike) and os.fspath(picture):
-            result[index] = _of_file(Path(picture), side)
+            result[index] = _small(Path(picture), side)
+        elif isinstance(picture, bytes):
+            result[index] = _small(picture, side)
     return result
 
 
@@ -67,11 +69,14 @@ def aglow(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.rint(grey + 0.8 * heat[:, :, None] * (np.array(GLOW) - grey)).astype(np.uint8)
 
 
-def _of_file(path: Path, side: int) -> Jpeg | None:
+def _small(picture: Path | bytes, side: int) -> Jpeg | None:
     try:
-        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+        if isinstance(picture, Path) and not picture.is_file():
             return None
-        with Image.open(path, formats=FORMATS) as image:
+        if (len(picture) if isinstance(picture, bytes) else picture.stat().st_size) > MAX_FILE_BYTES:
+            return None
+        file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 return None
             image.draft("RGB", (2 * side, 2 * side))

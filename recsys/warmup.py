@@ -15,7 +15,7 @@ from fusion.types import Features
 from recsys.collaborative.base import PADDING
 from recsys.collaborative.content import Contents, read_items
 from recsys.core import RankingCore
-from recsys.growing import ADD_ITEMS
+from recsys.growing import CHANGING
 
 if TYPE_CHECKING:
     from recsys.ranking_task import RankingTask
@@ -35,7 +35,7 @@ def ranking_requests(
     known = {name: array[1:2] for name, array in asked[-1].items()} | {"history": np.full((1, 1), "", object)}
     of_examples = {f"{kind}_{name}": read for name, read in contents.items() for kind in ("embed_item", "search")}
     for name, signature in signatures.items():
-        if name == ADD_ITEMS:
+        if name in CHANGING:
             continue
         examples = _examples(task, of_examples[name]) if name in of_examples else {}
         for inputs in (*asked, *([known] if "user_id" in signature.inputs else [])):

@@ -1,8 +1,8 @@
-"""The new items of a server's models as they were brought, in the order in which they came: a file that is only ever
-appended to, out of which each process, a restart and a new version make their rows.
+"""The new items of a server's models as they were brought, and which items were withdrawn, in the order in which it
+happened: a file that is only ever appended to, out of which each process, a restart and a new version make their rows.
 
-One JSON object a line in `items.jsonl`: `model`, `item`, and the SHA-256 of both. All processes of a server write the
-one file, one at a time.
+One JSON object a line in `items.jsonl`: `model`, `item`, `action` where the item was not added, and the SHA-256 of all
+this. All processes of a server write the one file, one at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,23 @@ from serving.feedback import append_whole
 logger = logging.getLogger(__name__)
 
 FILE, LOCK = "items.jsonl", "items.lock"
+ADD, WITHDRAW, RESTORE = "add", "withdraw", "restore"
+ACTIONS = (ADD, WITHDRAW, RESTORE)
 
 
 class Entry(NamedTuple):
-    """One item of one model, as it was brought."""
+    """What was done to one item of one model.
+
+    Attributes:
+        item: as it was brought; its `item_id` alone where it was withdrawn or restored.
+        action: one of ACTIONS.
+        end: the byte behind its line.
+    """
 
     model: str
     item: dict[str, Any]
+    action: str
+    end: int
 
 
 class ItemsJournal:
@@ -41,31 +51,40 @@ class ItemsJournal:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.touch()
         except OSError as error:
-            raise ServingError(f"the journal of new items needs a folder it can write; {error.strerror}.") from error
+            raise ServingError(f"the journal of new items needs a folder it can write; {_reason(error)}.") from error
 
     @property
     def size(self) -> int:
-        """Its bytes; 0 before the first item."""
+        """Its bytes; 0 before the first item. Raises ServingError when the disk refuses."""
         try:
             return self._file.stat().st_size
         except FileNotFoundError:
             return 0
+        except OSError as error:
+            raise _unreadable(error) from error
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else appends while this lasts; waits for who does."""
-        with self._lock.open("a") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)  # until it is closed, or the process has died
+        """Nobody else appends while this lasts; waits for who does. Raises NotWritable when the disk refuses."""
+        with contextlib.ExitStack() as open_file:
+            try:
+                held = open_file.enter_context(self._lock.open("a"))
+                fcntl.flock(held, fcntl.LOCK_EX)  # until it is closed, or the process has died
+            except OSError as error:
+                raise NotWritable(
+                    f"nothing was changed: the journal of new items cannot be locked, the disk answered "
+                    f"'{_reason(error)}'."
+                ) from error
             yield
 
-    def append(self, model: str, items: Sequence[Mapping[str, Any]]) -> None:
-        """Writes items; they are on the disk when this returns. Called within `alone`.
+    def append(self, model: str, items: Sequence[Mapping[str, Any]], action: str = ADD) -> None:
+        """Writes what is done to items; it is on the disk when this returns. Called within `alone`.
 
         Raises NotWritable when the disk refuses.
         """
         lines = []
         for item in items:
-            entry = {"model": model, "item": dict(item)}
+            entry = {"model": model, "item": dict(item), **({} if action == ADD else {"action": action})}
             lines.append(_text({**entry, "sha256": _digest(entry)}) + "\n")
         try:
             with FileIO(self._file, "ab+") as file:
@@ -73,31 +92,42 @@ class ItemsJournal:
                 torn = file.tell() and _last_byte(file) != b"\n"
                 append_whole(file, ("\n" * torn + "".join(lines)).encode("ascii"))
         except OSError as error:
-            raise NotWritable(
-                f"the items were not kept: the disk answered '{error.strerror}'. Add them again."
-            ) from error
+            raise NotWritable(f"nothing was kept: the disk answered '{_reason(error)}'. Try it again.") from error
 
     def read(self, start: int = 0) -> tuple[list[Entry], int]:
         """The entries of the whole lines from a byte on, and the byte behind them.
 
-        A line without its end is left for later. One that is damaged is left out; the log says so. Raises OSError.
+        A line without its end is left for later. One that is damaged is left out; the log says so. Raises ServingError
+        when the disk refuses.
         """
         entries: list[Entry] = []
         if not self.size:
             return entries, 0
-        with self._file.open("rb") as file:
-            file.seek(start)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    logger.warning("the last line of the journal of new items is cut off; it is left out for now")
-                    break
-                entry = _entry(line)
-                if entry is None:
-                    logger.error("a line of the journal of new items is damaged, at byte %d; it is left out", start)
-                else:
-                    entries.append(entry)
-                start += len(line)
+        try:
+            with self._file.open("rb") as file:
+                file.seek(start)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        logger.warning("the last line of the journal of new items is cut off; it is left out for now")
+                        break
+                    entry = _entry(line, start + len(line))
+                    if entry is None:
+                        logger.error("a line of the journal of new items is damaged, at byte %d; it is left out", start)
+                    else:
+                        entries.append(entry)
+                    start += len(line)
+        except OSError as error:
+            raise _unreadable(error) from error
         return entries, start
+
+
+def _reason(error: OSError) -> str:
+    """In words, without the path."""
+    return error.strerror or type(error).__name__
+
+
+def _unreadable(error: OSError) -> ServingError:
+    return ServingError(f"the journal of new items cannot be read; the disk answered '{_reason(error)}'.")
 
 
 def _last_byte(file: FileIO) -> bytes:
@@ -105,12 +135,13 @@ def _last_byte(file: FileIO) -> bytes:
     return file.read(1)
 
 
-def _entry(line: bytes) -> Entry | None:
+def _entry(line: bytes, end: int) -> Entry | None:
     """The entry of a line, None where it is not what was written."""
     try:
         found = json.loads(line)
-        digest = found.pop("sha256")
-        return Entry(found["model"], found["item"]) if digest == _digest(found) else None
+        digest, action = found.pop("sha256"), found.get("action", ADD)
+        whole = digest == _digest(found) and action in ACTIONS
+        return Entry(found["model"], found["item"], action, end) if whole else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -60,8 +60,8 @@ from serving.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
-ADD_ITEMS = "add_items"
-"""The signature that changes a model: it is for administrators, who do not come through the queue."""
+ADD_ITEMS, WITHDRAW_ITEMS = "add_items", "withdraw_items"
+"""The signatures that change a model: they are for administrators, who do not come through the queue."""
 CANARY = "canary"
 """The label whose version gets a share of the requests that name neither version nor label."""
 MEMORY_FACTOR = 1.2
@@ -139,9 +139,10 @@ class Servable:
         self._batcher = Batcher(predictor.run, predictor.manifest.signatures, settings, name)
 
     def submit(self, signature: str, arrays: Arrays, deadline: float | None = None) -> Future[Arrays]:
-        """Puts checked inputs into the queue (`Predictor.check`, `Batcher.submit`). Raises Forbidden for ADD_ITEMS."""
-        if signature == ADD_ITEMS:
-            raise Forbidden("'add_items' is for administrators: POST /v1/admin/items on the door of administration.")
+        """Puts checked inputs into the queue (`Predictor.check`, `Batcher.submit`). Raises Forbidden for those that
+        change the model."""
+        if signature in (ADD_ITEMS, WITHDRAW_ITEMS):
+            raise Forbidden(f"'{signature}' is for administrators: ask the door of administration (/v1/admin/items).")
         started = time.monotonic()
         future = self._batcher.submit(signature, arrays, deadline)
         self._watch(future, signature, arrays, started)

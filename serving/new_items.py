@@ -1,8 +1,10 @@
-"""New items join what is being served by their texts and images, without training.
+"""New items join what is being served by their texts and images, without training; and items, new ones and others, are
+withdrawn from all lists.
 
 What an administrator brings is kept in a journal first (`serving.items_journal`), then embedded by the version's own
-encoders and given to its signature `add_items`. Every process, and every version that is loaded later, makes its rows
-out of the journal in the same order; a version whose catalogue has an item already leaves it out.
+encoders and given to its signature `add_items`. Every process, and every version that is loaded later, does what the
+journal says in the same order; a version whose catalogue has an item already leaves it out. Whether an item is
+withdrawn is decided by what was said of it last, be it a new item to a version or one that it was trained with.
 
 Tokenisers belong to training, so what reads raw texts and images is handed in (`Reader`).
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -23,11 +26,22 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from fusion.export.manifest import EngineError
 from serving.catalogue import IMAGE, ITEM_ID, Catalogue
-from serving.errors import InvalidRequest, ItemExists, LimitExceeded, NotPossible, UnknownModel, unknown
+from serving.errors import (
+    InvalidRequest,
+    ItemExists,
+    LimitExceeded,
+    NotPossible,
+    Overloaded,
+    ServingError,
+    UnknownItem,
+    UnknownModel,
+    unknown,
+)
 from serving.inputs import Arrays
-from serving.items_journal import ItemsJournal
-from serving.model_store import ADD_ITEMS, ModelStore, Servable, State
+from serving.items_journal import ADD, RESTORE, WITHDRAW, ItemsJournal
+from serving.model_store import ADD_ITEMS, WITHDRAW_ITEMS, ModelStore, Servable, State
 from serving.recommending import Recommending
 
 logger = logging.getLogger(__name__)
@@ -37,14 +51,21 @@ SPARE_ITEMS = "spare_items"
 """The limit of a manifest that says how many new items a version takes."""
 MOST = 64
 """Items of one call."""
+MOST_IDS = 1000
+"""Ids of one call that withdraws or restores."""
 LONGEST_TEXT = 100_000
 """Characters of one cell."""
 LARGEST_IMAGE = 8 * 2**20
 """Bytes of one image."""
 TOGETHER = 16
 """Items that are embedded at once."""
-WATCH_S = 0.5
-"""How often it is looked for what other processes added."""
+WATCH_S, LONGEST_WATCH_S = 0.5, 60.0
+"""How often it is looked for what other processes added; where that fails, after pauses that double."""
+PATIENCE_S = 30.0
+"""How long a new version waits for a call of an administrator. Were that call to hang, no version could be loaded or
+rolled back any more."""
+CLOSE_S = 5.0
+"""How long the end waits for what is being added; the thread does not outlive the process."""
 
 Item = Mapping[str, Any]
 """`item_id`, cells by column, and `image`: in base64 as it is brought and kept, bytes for a Reader."""
@@ -61,7 +82,10 @@ class Reader(Protocol):
 
     def read(self, name: str, items: Sequence[Item]) -> tuple[Mapping[str, np.ndarray], np.ndarray, Sequence[str]]:
         """The inputs of `embed_item_<name>` for those of the items that have such content, which these are (bool
-        `[N]`), and by item why it has none."""
+        `[N]`), and by item why it has none. Raises EngineError for items that it cannot read at all."""
+
+    def picture(self, image: bytes) -> bytes | None:
+        """A small picture for pages, a JPEG of some kilobytes; None where the image cannot be used."""
 
 
 @dataclass
@@ -119,7 +143,7 @@ class NewItems:
                 anything; LimitExceeded for too many items, or one that is too large.
             ItemExists: an id is known already, or stands twice.
             NotPossible: no version takes new items, or one has not enough rows left.
-            NotWritable: the disk refuses.
+            NotWritable: the disk refuses. ServingError: the journal or the encoders of a version cannot be read.
         """
         check_items(items)
         read = [_for_reader(item) for item in items]
@@ -139,9 +163,8 @@ class NewItems:
                     _check_embedded(item, place, found, self._beside(servable).reader)
             self._journal.append(takers[0].name, items)
             for servable, found in zip(takers, embedded, strict=True):
-                self._give(servable, items, found.vectors)
-                beside = self._beside(servable)
-                beside.read = beside.seen = self._journal.size
+                self._give(servable, items, found)
+                self._is_up_to_date(servable)
             return {
                 "added": [{ITEM_ID: item[ITEM_ID], "read_by": embedded[0].of(row)} for row, item in enumerate(items)],
                 "spare_items_left": {str(servable.version): self._beside(servable).left for servable in takers},
@@ -154,8 +177,9 @@ class NewItems:
         for item in items:
             if extra := set(item) - known:
                 raise InvalidRequest(f"an item has no such column; {unknown(min(extra), known)}.")
-            if item[ITEM_ID] in catalogue.rows:
-                raise ItemExists(f"the item '{item[ITEM_ID][:100]}' is there already.")
+            if not catalogue.has_room_for(item[ITEM_ID]):
+                again = "" if catalogue.offers(item[ITEM_ID]) else ", and withdrawn: restore it"
+                raise ItemExists(f"the item '{item[ITEM_ID][:100]}' is there already{again}.")
         catalogue.check(items)
         if len(items) > beside.left:
             raise NotPossible(
@@ -163,24 +187,81 @@ class NewItems:
                 "items; publish a version that knows them, or one with a larger export.spare_items."
             )
 
+    def withdraw(self, model: str, item_ids: Sequence[str]) -> dict[str, Any]:
+        """Takes items out of all lists of all versions of a model that are being served, whether they are new or were
+        trained with: they are not recommended, found, likened or shown any more. Histories know them all the same.
+
+        Returns `item_ids`, and `versions`, those that know one of them. To withdraw an item twice changes nothing.
+
+        Raises:
+            UnknownModel, UnknownItem: there is no such model, or no version of it that is served has such an item.
+            InvalidRequest: an id that none can be; LimitExceeded for too many.
+            NotPossible: a version has such an item and cannot withdraw any.
+            NotWritable: the disk refuses. ServingError: the journal or the encoders of a version cannot be read.
+        """
+        return self._mark(model, item_ids, WITHDRAW)
+
+    def restore(self, model: str, item_ids: Sequence[str]) -> dict[str, Any]:
+        """Takes back `withdraw`; answers and raises as that does."""
+        return self._mark(model, item_ids, RESTORE)
+
+    def _mark(self, model: str, item_ids: Sequence[str], action: str) -> dict[str, Any]:
+        _check_ids(item_ids)
+        item_ids = list(dict.fromkeys(item_ids))
+        with self._lock, self._journal.alone(), self._leased(model) as servables:
+            for servable in filter(_takes, servables):
+                self._catch_up(servable)
+            known = {servable.version: self._recommending.catalogue(servable).rows.keys() for servable in servables}
+            for item in item_ids:
+                if not any(item in ids for ids in known.values()):
+                    raise UnknownItem(f"the catalogue has no item '{item[:100]}'.")
+            knowing = [servable for servable in servables if not known[servable.version].isdisjoint(item_ids)]
+            for servable in knowing:
+                if not _withdraws(servable):
+                    raise NotPossible(
+                        f"version {servable.version} of '{servable.name}' cannot withdraw items; publish one that was "
+                        "exported with export.spare_items above 0."
+                    )
+            self._journal.append(knowing[0].name, [{ITEM_ID: item} for item in item_ids], action)
+            for servable in knowing:
+                self._offer(servable, item_ids, action == RESTORE)
+                self._is_up_to_date(servable)
+            return {"item_ids": item_ids, "versions": [servable.version for servable in knowing]}
+
+    def listed(self, model: str) -> dict[str, Any]:
+        """By version that is being served and takes new items: ids that were `added` and are `withdrawn`, and
+        `spare_items_left`. Raises UnknownModel, and ServingError as `add` does."""
+        with self._lock, self._leased(model) as servables:
+            versions = {}
+            for servable in filter(_takes, servables):
+                self._catch_up(servable)
+                found, left = self._recommending.catalogue(servable), self._beside(servable).left
+                about = {"added": found.added, "withdrawn": found.withdrawn, "spare_items_left": left}
+                versions[str(servable.version)] = about
+            return {"versions": versions}
+
     # ---- what others added -----------------------------------------------------------------------------------
 
     def prepare(self, servable: Servable) -> None:
         """Gives a version everything of the journal, before it takes over. What cannot be read must not keep a model
-        from being served: it is logged, and tried again."""
-        with self._lock:
-            try:
-                if _takes(servable):
-                    self._catch_up(servable)
-                elif missing := self._missing(servable, 0)[0]:
-                    logger.error(
-                        "'%s' version %d takes no new items (export.spare_items); %d of the journal are left out",
-                        servable.name,
-                        servable.version,
-                        len(missing),
-                    )
-            except Exception:  # a version without new items is better than none
-                logger.exception("the new items of the journal cannot be added to '%s'", servable.name)
+        from being served: it is logged, and tried again. Nor must a call that takes long: the version catches up."""
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            logger.error("'%s' version %d gets its new items later: a call is busy", servable.name, servable.version)
+            return
+        try:
+            if _takes(servable):
+                self._catch_up(servable)
+            elif lacking := self._lacking(servable):
+                logger.error(
+                    "'%s' version %d takes no new items (export.spare_items); %d of the journal are left out",
+                    servable.name,
+                    servable.version,
+                    lacking,
+                )
+        except Exception:  # a version without new items is better than none
+            logger.exception("the new items of the journal cannot be added to '%s'", servable.name)
+        finally:
+            self._lock.release()
 
     def start(self) -> None:
         """Looks again and again, in a thread, for what other processes added, until `close`."""
@@ -188,13 +269,14 @@ class NewItems:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread; does not wait for what hangs."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
 
-    def catch_up(self) -> None:
-        """Gives all versions what was added to the journal since they last looked."""
+    def catch_up(self) -> bool:
+        """Gives all versions what was added to the journal since they last looked; whether that could be done."""
+        fine = True
         for name in self._store.names():
             with contextlib.suppress(UnknownModel), self._lock, self._leased(name) as servables:
                 for servable in filter(_takes, servables):
@@ -203,49 +285,73 @@ class NewItems:
                             self._catch_up(servable)
                     except Exception:  # the other versions must not go without
                         logger.exception("looking for new items of '%s' failed; it is tried again", name)
+                        fine = False
+        return fine
 
     def _watch(self) -> None:
-        while not self._stop.wait(WATCH_S):
+        pause = WATCH_S
+        while not self._stop.wait(pause):
             try:
-                self.catch_up()
+                fine = self.catch_up()
             except Exception:  # the thread must outlive whatever a disk or a model comes up with
                 logger.exception("looking for new items failed; it is tried again")
+                fine = False
+            pause = WATCH_S if fine else min(2 * pause, LONGEST_WATCH_S)
 
     def _catch_up(self, servable: Servable) -> None:
-        beside = self._beside(servable)
-        seen = self._journal.size
-        missing, end = self._missing(servable, beside.read)
-        for start in range(0, len(missing), TOGETHER):
-            self._replay(servable, missing[start : start + TOGETHER])
-        beside.read, beside.seen = end, seen  # not before: what an error cut short is tried again
+        beside, seen = self._beside(servable), self._journal.size
+        entries, end = self._journal.read(beside.read)
+        ours = (entry for entry in entries if entry.model == servable.name)
+        for action, run in itertools.groupby(ours, key=lambda entry: entry.action):
+            while part := list(itertools.islice(run, TOGETHER)):
+                if self._stop.is_set():
+                    return
+                self._replay(servable, action, [entry.item for entry in part])
+                beside.read = part[-1].end  # not before: what an error cut short is tried again, and nothing twice
+        beside.read, beside.seen = end, seen
 
-    def _missing(self, servable: Servable, start: int) -> tuple[list[Item], int]:
-        """What the journal has, from a byte on, that the version does not know, and where the journal ends."""
-        entries, end = self._journal.read(start)
-        rows, missing = self._recommending.catalogue(servable).rows, dict[str, Item]()
-        for model, item in entries:
-            if model == servable.name and item[ITEM_ID] not in rows:
-                missing.setdefault(item[ITEM_ID], item)
-        return list(missing.values()), end
+    def _lacking(self, servable: Servable) -> int:
+        """How many items of the journal a version that takes none does not know, or offers although withdrawn."""
+        catalogue, offered = self._recommending.catalogue(servable), dict[str, bool]()
+        for model, item, action, _ in self._journal.read()[0]:
+            if model == servable.name:
+                offered[item[ITEM_ID]] = action != WITHDRAW
+        return sum(catalogue.offers(item) != wanted for item, wanted in offered.items())
 
-    def _replay(self, servable: Servable, items: Sequence[Item]) -> None:
-        """Adds items that were accepted before; what this version cannot take is left out, and the log says so."""
+    def _replay(self, servable: Servable, action: str, items: Sequence[Item]) -> None:
+        """Does what was accepted before to items, as far as this version can; the log says what it cannot."""
+        ids = [item[ITEM_ID] for item in items]
+        if action == ADD:
+            self._replay_added(servable, items)
+        elif _withdraws(servable):
+            self._offer(servable, ids, action == RESTORE)
+        else:
+            logger.error("'%s' version %d cannot withdraw %d items", servable.name, servable.version, len(ids))
+
+    def _replay_added(self, servable: Servable, items: Sequence[Item]) -> None:
+        catalogue = self._recommending.catalogue(servable)
+        distinct = {item[ITEM_ID]: item for item in reversed(items)}
+        missing = [item for item in items if catalogue.has_room_for(item[ITEM_ID]) and item is distinct[item[ITEM_ID]]]
+        # Withdrawn as a new item, and added anew; to this version it is no new one.
+        if again := [item for item in catalogue.withdrawn if item in distinct and not catalogue.has_room_for(item)]:
+            self._offer(servable, again, True)
+        if not missing:
+            return
         try:
-            catalogue = self._recommending.catalogue(servable)
-            found = self._embedded(servable, [_for_reader(item) for item in items])
-            added = self._give(servable, [_fitting(catalogue, item) for item in items], found.vectors)
-        except OSError:
+            found = self._embedded(servable, [_for_reader(item) for item in missing])
+            added = self._give(servable, [_fitting(catalogue, item) for item in missing], found)
+        except (OSError, Overloaded):  # no fault of the items: it is tried again
             raise
         except Exception as error:  # of a reader; whatever it is, the other items must not suffer
-            if len(items) > 1:  # those that are not at fault
-                for item in items:
-                    self._replay(servable, [item])
+            if len(missing) > 1:  # those that are not at fault
+                for item in missing:
+                    self._replay_added(servable, [item])
                 return
             added, reason = 0, str(error)
         else:
             reason = f"it has {self._beside(servable).left} spare rows (export.spare_items), or reads nothing of them"
-        if added < len(items):
-            left_out = len(items) - added
+        if added < len(missing):
+            left_out = len(missing) - added
             logger.error("'%s' version %d lacks %d new items: %s", servable.name, servable.version, left_out, reason)
 
     # ---- one version -----------------------------------------------------------------------------------------
@@ -253,9 +359,20 @@ class NewItems:
     def _beside(self, servable: Servable) -> _Beside:
         beside = self._versions.get(servable.predictor)
         if beside is None:
-            beside = _Beside(self._reader(servable.folder), servable.predictor.manifest.limits[SPARE_ITEMS])
+            try:
+                reader = self._reader(servable.folder)
+            except (EngineError, OSError, ValueError, LookupError) as error:
+                raise ServingError(
+                    f"version {servable.version} of '{servable.name}' must say how its encoders read items: {error}"
+                ) from error
+            beside = _Beside(reader, servable.predictor.manifest.limits[SPARE_ITEMS])
             self._versions[servable.predictor] = beside
         return beside
+
+    def _is_up_to_date(self, servable: Servable) -> None:
+        """Notes that a version has everything of the journal."""
+        beside = self._beside(servable)
+        beside.read = beside.seen = self._journal.size
 
     @contextlib.contextmanager
     def _leased(self, model: str) -> Iterator[list[Servable]]:
@@ -269,6 +386,7 @@ class NewItems:
             yield servables
 
     def _embedded(self, servable: Servable, items: Sequence[Item]) -> _Embedded:
+        """Items with their images as bytes, for one version. Raises InvalidRequest where the reader does."""
         predictor, reader = servable.predictor, self._beside(servable).reader
         vectors, reasons = Arrays(), dict[str, list[str]]()
         for name, spec in predictor.manifest.signatures[ADD_ITEMS].inputs.items():
@@ -277,30 +395,48 @@ class NewItems:
             content = name.removeprefix(EMBED)
             vectors[content], reasons[content] = np.zeros((len(items), spec.shape[1] or 0), np.float32), []
             for start in range(0, len(items), TOGETHER):
-                inputs, available, why = reader.read(content, items[start : start + TOGETHER])
+                try:
+                    inputs, available, why = reader.read(content, items[start : start + TOGETHER])
+                except EngineError as error:
+                    sentence = str(error).replace(str(servable.folder), f"version {servable.version}")
+                    raise InvalidRequest(f"'{content}' cannot read the items: {sentence}") from error
                 rows = start + np.flatnonzero(available)
                 if len(rows):
                     vectors[content][rows] = predictor.predict(name, inputs)["embedding"]
                 reasons[content] += why
-        return _Embedded(vectors, reasons)
+        return _Embedded(vectors, reasons, [reader.picture(item[IMAGE]) if item.get(IMAGE) else None for item in items])
 
-    def _give(self, servable: Servable, items: Sequence[Item], vectors: Arrays) -> int:
+    def _give(self, servable: Servable, items: Sequence[Item], found: _Embedded) -> int:
         """Gives embedded items their rows, and the catalogue their cells; returns how many got one."""
-        inputs: dict[str, Any] = {EMBED + name: found for name, found in vectors.items()}
+        inputs: dict[str, Any] = {EMBED + name: vectors for name, vectors in found.vectors.items()}
         inputs[ITEM_ID] = [item[ITEM_ID] for item in items]
         numbers = servable.predictor.predict(ADD_ITEMS, inputs)["number"]
-        added = [item for item, number in zip(items, numbers, strict=True) if number >= 0]
-        self._recommending.add_items(servable, added)
-        self._beside(servable).left -= len(added)
-        return len(added)
+        rows = np.flatnonzero(numbers >= 0).tolist()
+        embeddings = {name: vectors[rows] for name, vectors in found.vectors.items()}
+        pictures = [found.pictures[row] for row in rows]
+        catalogue = self._recommending.catalogue(servable)
+        self._recommending.renew(servable, catalogue.with_items([items[row] for row in rows], embeddings, pictures))
+        self._beside(servable).left -= len(rows)
+        return len(rows)
+
+    def _offer(self, servable: Servable, item_ids: Sequence[str], offered: bool) -> None:
+        """Withdraws or restores those of the items that a version knows."""
+        catalogue = self._recommending.catalogue(servable)
+        known = [item for item in dict.fromkeys(item_ids) if item in catalogue.rows]
+        if known:
+            servable.predictor.predict(WITHDRAW_ITEMS, {ITEM_ID: known, "withdrawn": [not offered] * len(known)})
+            changed = catalogue.with_again(known) if offered else catalogue.without(known)
+            self._recommending.renew(servable, changed)
 
 
 @dataclass(frozen=True)
 class _Embedded:
-    """Items for one version: by content their embeddings float32 `[N, D]`, 0 where there is none, and why."""
+    """Items for one version: by content their embeddings float32 `[N, D]`, 0 where there is none, and why; and by item
+    its small picture, None where there is none."""
 
     vectors: Arrays
     reasons: Mapping[str, Sequence[str]]
+    pictures: Sequence[bytes | None]
 
     def of(self, row: int) -> list[str]:
         """The contents that an item has."""
@@ -309,6 +445,10 @@ class _Embedded:
 
 def _takes(servable: Servable) -> bool:
     return ADD_ITEMS in servable.predictor.manifest.signatures
+
+
+def _withdraws(servable: Servable) -> bool:
+    return WITHDRAW_ITEMS in servable.predictor.manifest.signatures
 
 
 # ---- items ---------------------------------------------------------------------------------------------------
@@ -328,6 +468,13 @@ def check_items(items: Sequence[Any]) -> None:
         ids.add(item[ITEM_ID])
         for column, cell in item.items():
             _check_cell(column, cell, f"items.{place}.{column[:100]}")
+
+
+def _check_ids(item_ids: Sequence[str]) -> None:
+    if not 1 <= len(item_ids) <= MOST_IDS:
+        raise LimitExceeded(f"a call must name 1 to {MOST_IDS} items; received {len(item_ids)}.")
+    for place, item_id in enumerate(item_ids):
+        _check_id(item_id, f"item_ids.{place}")
 
 
 def _check_id(item_id: str, where: str) -> None:
@@ -366,6 +513,8 @@ def _check_embedded(item: Item, row: int, found: _Embedded, reader: Reader) -> N
     for name, columns in reader.columns.items():
         if item.get(IMAGE) and columns == (IMAGE,) and (reason := found.reasons[name][row]):
             raise InvalidRequest(f"the image of '{item[ITEM_ID][:100]}' cannot be used: {reason}.")
+    if item.get(IMAGE) and found.pictures[row] is None:
+        raise InvalidRequest(f"the image of '{item[ITEM_ID][:100]}' cannot be used: no page could show it.")
     if not found.of(row):
         readable = sorted({column for columns in reader.columns.values() for column in columns})
         raise InvalidRequest(

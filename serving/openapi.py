@@ -138,11 +138,30 @@ OPERATIONS: Sequence[Operation] = (
         admin=True,
     ),
     Operation(
+        "GET", "/v1/admin/items", "list_items", "New and withdrawn items, by version.", None, ONE_MODEL, admin=True
+    ),
+    Operation(
         "POST",
         "/v1/admin/items",
         "add_items",
         "Adds items by their texts and images (base64), without training.",
         {"model": "films", "items": [{"item_id": "new", "title": "Nine", "text": "a word", "image": "iVBORw0KGgo="}]},
+        admin=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/admin/items/withdraw",
+        "withdraw_items",
+        "Takes items, new ones or others, out of all lists.",
+        {"model": "films", "item_ids": ["new", "i2"]},
+        admin=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/admin/items/restore",
+        "restore_items",
+        "Puts items back that were withdrawn.",
+        {"model": "films", "item_ids": ["i2"]},
         admin=True,
     ),
 )

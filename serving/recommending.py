@@ -188,7 +188,7 @@ class Recommending:
             failure = None
             if self._whole(asked):
                 try:
-                    async with asyncio.timeout(max(asked.deadline - time.monotonic(), 0.0)):
+                    async with asyncio.timeout_at(asked.deadline):
                         answer = await wait(asked.servable.submit(asked.signature, asked.inputs, asked.deadline))
                 except TimeoutError:
                     failure = _borne(asked, DeadlineExceeded("the deadline passed before the model answered."))
@@ -205,7 +205,7 @@ class Recommending:
         with self._store.lease(request.model, request.version, request.label) as servable:
             loaded, names = self._beside(servable), servable.predictor.manifest.members
             _check_k(request.k, servable.predictor.limits)
-            if request.item_id not in loaded.catalogue.rows:
+            if not loaded.catalogue.offers(request.item_id):
                 raise UnknownItem(f"the catalogue has no item '{request.item_id[:100]}'.")
             inputs = {"item_id": [request.item_id], "k": np.full(1, request.k, np.int32)}
             answer = servable.call("similar_items", inputs, deadline)
@@ -232,10 +232,9 @@ class Recommending:
         """The items of a leased version."""
         return self._beside(servable).catalogue
 
-    def add_items(self, servable: Servable, items: Sequence[Mapping[str, Any]]) -> None:
-        """Puts new items into the catalogue of a version (`Catalogue.with_items`)."""
-        loaded = self._beside(servable)
-        loaded.catalogue = loaded.catalogue.with_items(items)
+    def renew(self, servable: Servable, catalogue: Catalogue) -> None:
+        """From now on a leased version has these items, such as new ones (`Catalogue.with_items`)."""
+        self._beside(servable).catalogue = catalogue
 
     def _beside(self, servable: Servable) -> Loaded:
         with self._lock:

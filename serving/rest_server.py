@@ -38,7 +38,7 @@ from serving.errors import (
 from serving.feedback import FeedbackLog, parse_events
 from serving.inputs import Arrays, signature_of
 from serving.json_examples import CONTEXT, EXAMPLES, classes, input_of, values
-from serving.json_fields import MODEL_CONFIG, RECOMMEND, SIMILAR, checked, objects, required, text, truth, whole
+from serving.json_fields import MODEL_CONFIG, RECOMMEND, SIMILAR, checked, objects, required, text, texts, truth, whole
 from serving.json_limits import inflate, parse
 from serving.json_tensors import INPUTS, INSTANCES, inputs_of
 from serving.json_tensors import answer as tensors_answer
@@ -148,7 +148,7 @@ class Rest:
                 "profiles": profiles,
                 "diversity": found.has_vectors,
                 "filters": found.choices,
-                "items": len(found.item_ids),
+                "items": found.count,
                 "users": found.user_ids[:SHOWN_USERS],
                 "user_count": len(found.user_ids),
                 "figures": figures,
@@ -161,15 +161,18 @@ class Rest:
         with self.store.lease(**self._shown(call)) as servable:
             found = self.recommending.catalogue(servable)
             ids = wanted or found.search(call.query.get("search", "")[:200], int(limit))
-            return {"items": [{"item_id": item, **found.described(item)} for item in ids if item in found.rows]}
+            return {"items": [{"item_id": item, **found.described(item)} for item in ids if found.offers(item)]}
 
     def image(self, call: Call) -> Any:
         with self.store.lease(**self._shown(call)) as servable:
-            content = _image(self.recommending.catalogue(servable), servable.predictor.manifest.files, call)
+            found = self.recommending.catalogue(servable)
+            brought = found.picture(call.path["item_id"])
+            content = brought or _image(found, servable.predictor.manifest.files, call)
         kind = next((kind for head, kind in IMAGES.items() if content.startswith(head)), None)
         if kind is None:
             raise UnknownItem(f"the item '{call.path['item_id'][:100]}' has no picture that a page could show.")
-        return Response(content, media_type=kind, headers={"cache-control": "private, max-age=3600"})
+        seconds = 3600 if brought is None else 60  # a new item may be withdrawn, and come again with another picture
+        return Response(content, media_type=kind, headers={"cache-control": f"private, max-age={seconds}"})
 
     def _shown(self, call: Call) -> dict[str, Any]:
         """The model that a page is about: the one it names, or the first that recommends."""
@@ -292,11 +295,25 @@ class Admin:
         change(fields.get("model", ""), fields["member"])
         return fields
 
+    def list_items(self, call: Call) -> Any:
+        return self._items().listed(call.model)
+
     def add_items(self, call: Call) -> Any:
         fields = required(checked(call.body, {"model": text, "items": objects}), "items")
+        return self._items().add(fields.get("model", ""), fields["items"])
+
+    def withdraw_items(self, call: Call) -> Any:
+        fields = required(checked(call.body, {"model": text, "item_ids": texts}), "item_ids")
+        return self._items().withdraw(fields.get("model", ""), fields["item_ids"])
+
+    def restore_items(self, call: Call) -> Any:
+        fields = required(checked(call.body, {"model": text, "item_ids": texts}), "item_ids")
+        return self._items().restore(fields.get("model", ""), fields["item_ids"])
+
+    def _items(self) -> NewItems:
         if self.new_items is None:
             raise NotPossible("this server has no journal of new items; start it with --items-journal FOLDER.")
-        return self.new_items.add(fields.get("model", ""), fields["items"])
+        return self.new_items
 
 
 # ---- TensorFlow Serving's forms ------------------------------------------------------------------------------
@@ -382,8 +399,8 @@ def admin_app(
     settings: RestSettings | None = None,
     new_items: NewItems | None = None,
 ) -> Starlette:
-    """The door for administration; it never lets anybody in without a token. Labels, rollback, reload, members, and new
-    items where a server keeps them."""
+    """The door for administration; it never lets anybody in without a token. Labels, rollback, reload, members, and
+    where a server keeps a journal of them new items and those that are withdrawn."""
     operations = [operation for operation in OPERATIONS if operation.admin]
     answers = Admin(store, new_items)
     return _starlette(answers, operations, [], store, settings or RestSettings(), tokens)

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from fusion.export.manifest import GateError
+from serving.errors import ConfigurationRefused
 from serving.feedback import FeedbackLog
 from serving.grpc_server import GrpcDoor
 from serving.items_journal import ItemsJournal
@@ -54,6 +55,11 @@ class Worker:
         self._admin_tokens = None if settings.admin_tokens is None else Tokens(settings.admin_tokens)
         if settings.tls is not None:
             settings.tls.check()
+        if settings.items_journal is not None and settings.item_reader is None:
+            raise ConfigurationRefused(
+                "a server that keeps new items must be told what reads them; it has an 'items_journal', and no "
+                "'item_reader'."
+            )
 
     def run(self, announce: Announce) -> None:
         """Loads the models, opens the doors, and serves until a signal."""

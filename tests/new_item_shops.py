@@ -18,11 +18,13 @@ from scipy import sparse
 
 from fusion.export import savedmodel
 from fusion.export.manifest import Manifest, write_manifest
+from fusion.files import save_arrays
 from fusion.rules import RULES
 from recsys.collaborative.base import Member, TrainingData
 from recsys.core import MemberScores, RankingCore
 from recsys.examples import write_examples
 from recsys.growing import GrowingCore, GrowingScores
+from recsys.item_tables import PROJECTIONS, VECTORS, item_vectors
 from recsys.recommender import ServedRecommender, contents_of
 from recsys.schema import IMAGE
 from worlds import World, fitted
@@ -80,7 +82,10 @@ class Shop:
         genres, years = [["old", "kept"]] * self.items, [1990] * self.items
         pq.write_table(pa.table({**table, "genres": genres, "year": years}), folder / "items.parquet")
         pq.write_table(pa.table({"user_id": self.user_ids.astype(str)}), folder / "users.parquet")
-        np.save(folder / "item_vectors.npy", np.eye(self.items, 8, dtype=np.float16))
+        vectors = item_vectors(contents_of(self.members), self.data.matrix)
+        np.save(folder / VECTORS, vectors.rows)
+        if spare:
+            save_arrays(folder / PROJECTIONS, vectors.projections)
         write_examples(folder, contents_of(self.members))
         limits = {"k_max": K_MAX, **({"spare_items": spare} if spare else {})}
         signatures = savedmodel.signatures_of(folder)

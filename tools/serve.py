@@ -61,7 +61,9 @@ def main() -> int:
     watched.add_argument("--monitor", type=Path, metavar="FILE", help="what alarms lead to (default: they are logged)")
     watched.add_argument("--no-monitor", action="store_true", help="do not compare calls with the training data")
     parser.add_argument("--feedback", type=Path, metavar="FOLDER", help="log of what /v1/feedback is told; off without")
-    parser.add_argument("--items-journal", type=Path, metavar="FOLDER", help="where new items are kept; off without")
+    parser.add_argument(
+        "--items-journal", type=Path, metavar="FOLDER", help="of new and withdrawn items; off without it"
+    )
     parser.add_argument("--json", action="store_true", help="print the ports as JSON once everything answers")
     args = parser.parse_args()
     if (args.source is None) == (args.model_config is None):

@@ -86,7 +86,8 @@ class Manifest:
         limits: numbers that a server has to know, for instance `k_max`, and `spare_items`, how many new items the
             signature `add_items` takes.
         items: what the tables of items hold: `attributes`, by column of `items.parquet` `text`, or `list` of texts; and
-            `vectors`, with `file`, `dtype`, `shape` and `made_of`. Empty for other kinds.
+            `vectors`, with `file`, `dtype`, `shape`, `made_of`, and `projections`, a file, where new items get vectors.
+            Empty for other kinds.
         tflite: signatures by name of each `.tflite` file.
         compression: the recipe that made the `.tflite` files smaller: `recipe`, `settings`, `figures` and `cost` as it
             was judged, `left_alone` by member, `agreement` with the SavedModel; empty where they are in float32.

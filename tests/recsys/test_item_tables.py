@@ -64,7 +64,7 @@ class TestVectors:
         contents = {
             name: read_by(name, factors @ random.normal(size=(20, width))) for name, width in (("a", 90), ("b", 40))
         }
-        vectors, made_of = item_vectors(contents, sparse.csr_matrix((1, 300)))
+        vectors, made_of, projections = item_vectors(contents, sparse.csr_matrix((1, 300)))
         assert vectors.shape == (300, 64) and vectors.dtype == np.float16 and made_of == "a, b"
         assert not vectors[7].any()
         lengths = np.linalg.norm(vectors.astype(float), axis=1)
@@ -72,6 +72,10 @@ class TestVectors:
         both = np.hstack([content.table for content in contents.values()]) / np.sqrt(2)
         np.testing.assert_allclose(vectors.astype(float) @ vectors.astype(float).T, both @ both.T, atol=0.01)
         np.testing.assert_array_equal(item_vectors(contents, sparse.csr_matrix((1, 300)))[0], vectors)
+        assert [(name, part.shape) for name, part in projections.items()] == [("a", (90, 64)), ("b", (40, 64))]
+        again = sum(content.table @ projections[name] for name, content in contents.items())
+        lengths = np.maximum(np.linalg.norm(again, axis=1, keepdims=True), 1e-12)
+        np.testing.assert_allclose(again / lengths, vectors, atol=2e-3, err_msg="what new items are given")
 
     def test_contents_that_are_read_alike_count_once(self):
         table = np.eye(5)[[0, 1, 2, 3, 0]]
@@ -81,7 +85,8 @@ class TestVectors:
     def test_without_content_by_who_took_what(self):
         """Items 0 and 1 have the same audience, item 2 another, item 3 none."""
         taken = sparse.csr_matrix(np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]], np.float32))
-        vectors, made_of = item_vectors({}, taken)
+        vectors, made_of, projections = item_vectors({}, taken)
+        assert not projections
         cosines = vectors.astype(float) @ vectors.astype(float).T
         assert made_of == "who took what"
         np.testing.assert_allclose(cosines[:3, :3], [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=2e-3)
@@ -98,6 +103,18 @@ def test_the_files_and_what_the_manifest_says(tmp_path):
     assert table.column("genres").to_pylist() == [["Comedy", "Drama"], None, ["War", "Comedy"]]
     assert said["attributes"] == {"genres": "list", "language": "text", "year": "text"}
     assert np.load(tmp_path / said["vectors"]["file"], allow_pickle=False).shape == tuple(said["vectors"]["shape"])
+    assert "projections" not in said["vectors"]
+
+
+def test_what_makes_vectors_of_new_items(tmp_path):
+    """Where some may join, and vectors are made of contents."""
+    data = SimpleNamespace(catalogue=CATALOGUE, item_ids=np.array(["x", "y", "z"], object))
+    contents = {"plot": read_by("plot", np.eye(3)[:, :2])}
+    said = write_item_tables(tmp_path, data, ExportSettings(spare_items=1), contents, sparse.csr_matrix((1, 3)))
+    with np.load(tmp_path / said["vectors"]["projections"], allow_pickle=False) as projections:
+        assert projections["plot"].shape == (2, 2)
+    said = write_item_tables(tmp_path, data, ExportSettings(), contents, sparse.csr_matrix((1, 3)))
+    assert "projections" not in said["vectors"]
 
 
 def test_pictures_of_items(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fusion.compat import tf
 from fusion.errors import ConfigError
@@ -26,7 +28,7 @@ from recsys.collaborative.content import Contents
 from recsys.core import MemberScores, RankingCore
 from recsys.examples import ItemReader, write_examples
 from recsys.export import artifact_of, export_recommender
-from recsys.growing import GrowingCore
+from recsys.growing import GrowingCore, GrowingIds
 from recsys.pipeline import rerun
 from recsys.ranking_student import Student
 from recsys.ranking_task import RankingTask
@@ -60,6 +62,9 @@ class Served:
     def add(self, ids: list[str], vectors: Mapping[str, np.ndarray]) -> list[int]:
         given = {f"embed_item_{name}": np.asarray(vectors[name], np.float32) for name in CONTENTS}
         return self("add_items", item_id=ids, **given)["number"].tolist()
+
+    def withdraw(self, ids: list[str], withdrawn: bool = True) -> list[int]:
+        return self("withdraw_items", item_id=ids, withdrawn=[withdrawn] * len(ids))["number"].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +221,112 @@ class TestSpareRows:
         assert (scores[0] > -1e30).all() and (scores[1] < -1e30).all()
 
 
+class TestWithdrawn:
+    """O11: items that are taken back, and items of the catalogue that are withdrawn from sale."""
+
+    def test_in_no_list_until_they_are_put_back(self, shops: tuple[Shop, Shop]) -> None:
+        """Everything else is as it was: the same order, scores and contributions, and what histories say."""
+        random, items = np.random.default_rng(0), shops[1].items
+        tables = [random.normal(size=(items, 4)).astype(np.float32) for _ in range(2)]
+        student = Student(tables[0], tables[1], random.normal(size=items).astype(np.float32), np.ones(1, np.float32))
+        served = Served(shops[1].module(SPARE, student.scorer()))
+        served.add(new_ids(shops[0]), new_vectors(shops[0]))
+        old, new = str(shops[1].item_ids[0]), new_ids(shops[0])[0]
+        prepared = shops[0].members["text"].encoder.prepare([str(shops[0].data.catalogue["text"].iloc[-NEW])])
+
+        def lists() -> dict[str, dict[str, np.ndarray]]:
+            return {
+                "recommend": served.recommend([[old, new]]),
+                "recommend_fast": served.recommend([[old, new]], "recommend_fast"),
+                "similar_items": served("similar_items", item_id=[old], k=[K_MAX]),
+                "search_text": served("search_text", **prepared, k=[K_MAX]),
+            }
+
+        before = lists()
+        firsts = {name: answer["item_ids"][0, 0].decode() for name, answer in before.items()}
+        assert firsts["search_text"] == new and len(set(firsts.values())) > 2
+        gone = sorted({*firsts.values(), new})
+        assert min(served.withdraw(gone)) >= 0 and served.withdraw(["nobody"]) == [-1]
+        after = lists()
+        for name, answer in before.items():
+            stay = [place for place, item in enumerate(answer["item_ids"][0]) if item.decode() not in gone]
+            for output in ("item_ids", "scores", "contributions"):
+                if output in answer:
+                    kept = answer[output][..., stay]
+                    np.testing.assert_array_equal(after[name][output][..., : len(stay)], kept, err_msg=name)
+            assert not {item.decode() for item in after[name]["item_ids"][0]} & set(gone), name
+        only = served.recommend([[old]], include=[gone])
+        assert not only["item_ids"].astype(bool).any()
+        scores = served("serving_default", history=[[old]], candidates=[[*gone, str(shops[1].item_ids[9])]])["scores"]
+        assert (scores[0, :-1] < -1e30).all() and scores[0, -1] > -1e30
+        said = [served(f"member_{n}", user_id=[""], history=[[old, new]])["scores"] for n in shops[0].members]
+        same(after["recommend"], served.recommend([[old, new]], "fuse", scores=np.stack(said, axis=1)))
+        assert served.withdraw(gone, False) == served.withdraw(gone, False)
+        for name, answer in lists().items():
+            same(before[name], answer)
+
+    def test_a_new_item_that_comes_again(self, shops: tuple[Shop, Shop]) -> None:
+        """With other contents, in another row; an item of the catalogue is what it was trained as."""
+        served, vectors = Served(shops[1].module(3)), new_vectors(shops[0])
+        first, second = ({name: rows[[place]] for name, rows in vectors.items()} for place in (0, 1))
+        old = str(shops[1].item_ids[0])
+        assert served.add(["new"], first) == [37]
+        served.withdraw(["new", old])
+        twice = {name: np.repeat(rows, 3, axis=0) for name, rows in second.items()}
+        assert served.add(["new", old, "new"], twice) == [38, -1, -1]
+        assert served.add(["new"], first) == [-1]
+        answer = served("similar_items", item_id=[str(shops[1].item_ids[5])], k=[K_MAX])
+        expected = Served(shops[1].module(3))
+        expected.add(["new"], second)
+        expected.withdraw([old])
+        same(expected("similar_items", item_id=[str(shops[1].item_ids[5])], k=[K_MAX]), answer)
+        assert served.withdraw(["new"]) == [38] and served.add(["new"], first) == [39]
+        served.withdraw(["new"])
+        assert served.add(["new"], second) == [-1], "all rows are taken"
+
+
+def test_a_lookup_beside_learning_takes_no_id_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every state that there is between two assignments known ids are found, and new ones too or not yet."""
+    variable = type(tf.Variable(0))
+    assign = variable.assign
+    left = [0]
+
+    def cut_off(self: Any, *given: Any, **named: Any) -> Any:
+        if not left[0]:
+            raise InterruptedError
+        left[0] -= 1
+        return assign(self, *given, **named)
+
+    monkeypatch.setattr(variable, "assign", cut_off)
+    batches = [["one", "two"], ["three"], ["four", "five", "six"]]
+    whole = 0
+    for allowed in range(4):
+        there = tf.Variable([*"abc", *[""] * 8])
+        keys = tf.lookup.KeyValueTensorInitializer(["a", "b", "c"], tf.range(3))
+        ids, known = GrowingIds(tf.lookup.StaticHashTable(keys, -1), there, 3), {"a": 0, "b": 1, "c": 2, "": -1}
+        for batch in batches:
+            fresh = {name: number for number, name in enumerate(batch, len(known) - 1)}
+            left[0] = 1
+            there.assign([*[name for name in [*known, *fresh] if name], *[""] * (11 - len(known) - len(fresh) + 1)])
+            left[0] = allowed
+            try:
+                ids.learn()
+                whole += 1
+            except InterruptedError:
+                pass
+            found = dict(zip([*known, *fresh], ids.lookup(tf.constant([*known, *fresh])).numpy().tolist(), strict=True))
+            assert {name: found[name] for name in known} == known
+            assert all(found[name] in (number, -1) for name, number in fresh.items())
+            left[0] = 10
+            ids.learn()
+            known |= fresh
+            assert ids.lookup(tf.constant([list(known), ["?"] * len(known)])).numpy().tolist() == [
+                list(known.values()),
+                [-1] * len(known),
+            ]
+    assert whole == 3 * len(batches), "one assignment"
+
+
 def test_older_members_read_their_projection_off_their_tables(shops: tuple[Shop, Shop]) -> None:
     """What a member without `history_projection` makes of items that it knows is what it has of them."""
     member = shops[0].members["text"]
@@ -268,8 +379,9 @@ def test_a_regression_foretells_their_vectors(base: dict[str, Any], shops: tuple
     assert loaded.growing(NEW) is None, "fitted by older code"
 
 
-def test_cells_of_a_new_item(tmp_path: Path) -> None:
-    """A tabular encoder reads the columns that its pattern chose in training; cells may be numbers and lists."""
+def test_cells_and_the_picture_of_a_new_item(tmp_path: Path) -> None:
+    """A tabular encoder reads the columns that its pattern chose in training; cells may be numbers and lists. Whatever
+    encoders there are, a picture is made small for pages."""
     values, _ = read_cells(pd.DataFrame({"year": ["1990", "1991", "2000"], "kind": ["a", "b", "a|b"]}), ["*"])
     encoder = SUBMODELS["dense"](SUBMODELS["dense"].Config(), 0)
     encoder.adapt(values)
@@ -283,6 +395,11 @@ def test_cells_of_a_new_item(tmp_path: Path) -> None:
         inputs["categories"].tolist()
         == encoder.prepare(np.array([("", ""), ("", "a|b")], values.dtype))["categories"].tolist()
     )
+    picture = io.BytesIO()
+    Image.new("RGB", (900, 1800), (200, 30, 30)).save(picture, "PNG")
+    with Image.open(io.BytesIO(reader.picture(picture.getvalue()))) as small:
+        assert (small.format, small.size) == ("JPEG", (84, 168))
+    assert reader.picture(picture.getvalue()[:99]) is None and reader.picture(b"GIF89a") is None
     nothing, available, _ = reader.read("cells", [{}])
     assert nothing == {} and not available.any()
 
@@ -302,7 +419,8 @@ class TestExport:
         lite = [predictor.manifest.files["core.tflite"] for predictor in (first, second)]
         assert lite[0] == lite[1]
         warmed = {name for name, _ in read_warmup(newest)}
-        assert warmed == set(second.manifest.signatures) - {"add_items"} == set(first.manifest.signatures)
+        changing = {"add_items", "withdraw_items"}
+        assert warmed == set(second.manifest.signatures) - changing == set(first.manifest.signatures)
         users = pq.read_table(newest / "users.parquet")["user_id"].to_pylist()
         same(first.recommend(users[:20]), second.recommend(users[:20]))
 

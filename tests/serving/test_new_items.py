@@ -4,49 +4,63 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import serving.new_items
+from fusion.errors import DataError
+from fusion.export.manifest import verify_manifest, write_manifest
 from loopback import Door, listening
 from new_item_shops import K_MAX, NEW, Shop, raw, two_shops
 from recsys.examples import ItemReader
 from serving.errors import (
+    ConfigurationRefused,
     Forbidden,
     InvalidRequest,
     ItemExists,
     LimitExceeded,
     NotPossible,
     NotWritable,
+    Overloaded,
     ServingError,
+    UnknownItem,
     UnknownModel,
 )
-from serving.items_journal import FILE, ItemsJournal
+from serving.items_journal import ADD, FILE, LOCK, RESTORE, WITHDRAW, Entry, ItemsJournal
 from serving.messages import RecommendRequest
 from serving.model_store import ModelConfig, ModelStore
-from serving.new_items import LARGEST_IMAGE, LONGEST_TEXT, MOST, NewItems
+from serving.new_items import LARGEST_IMAGE, LONGEST_TEXT, MOST, MOST_IDS, NewItems
 from serving.predictor import Predictor
 from serving.recommending import Recommending
 from serving.rest_guard import RestSettings, uvicorn_config
 from serving.rest_server import admin_app, app
 from serving.security import Tokens
+from serving.settings import ServerSettings
+from serving.worker import Worker
 
 ROOT = Path(__file__).parents[2]
 SPARE = 4
 KEY = "s3cret"
+CHROMIUM = shutil.which("chromium")
 
 
 @dataclass(frozen=True)
@@ -152,19 +166,22 @@ def test_added_by_the_door_and_answered_as_if_there_from_the_start(world: World,
             assert {item["item_id"] for item in found_by["items"]} == set(new)
             assert all(item["title"].startswith("Item ") for item in found_by["items"])
             shown = door.get(f"/v1/items?id={new[0]}").json["items"]
-            assert shown == [{"item_id": new[0], "title": world.items[0]["title"], "genres": ["new"], "year": 2026}]
+            told = {"title": world.items[0]["title"], "genres": ["new"], "year": 2026, "image": "added"}
+            assert shown == [{"item_id": new[0], **told}]
             searched = door.get(f"/v1/items?search={world.items[2]['title'].replace(' ', '%20')}").json["items"]
             assert [item["item_id"] for item in searched] == [new[2]]
             assert "new" in door.get("/v1/catalogue").json["filters"]["genres"]
-            assert door.get(f"/v1/items/{new[0]}/image").status == 404
+            picture = door.get(f"/v1/items/{new[0]}/image")
+            assert picture.headers["content-type"] == "image/jpeg"
+            assert picture.headers["x-content-type-options"] == "nosniff"
+            with Image.open(io.BytesIO(picture.content)) as image:
+                assert image.size == (16, 16)
             likened = door.post("/v1/similar", {"item_id": new[0], "k": 5}).json
             assert len(likened["items"]) == 5 and set(likened["members_used"]) == {"text", "image"}
             forbidden = door.post(
                 "/v1/models/films:predict", {"signature_name": "add_items", "inputs": embedded(found)}
             )
             assert forbidden.status == 403 and "administrators" in forbidden.json["error"]
-        spread = found.recommending.recommend(RecommendRequest(history=(world.old,), k=K_MAX, diversity=0.5))
-        assert len(spread.items) == K_MAX, "a new item has no vector, and is like no other"
 
 
 def embedded(found: Server) -> dict[str, Any]:
@@ -231,9 +248,12 @@ def test_a_truncated_image_and_an_unknown_model(shared: Server, world: World) ->
 
 
 def test_users_cannot_add(shared: Server) -> None:
-    """By no door: `submit` is what all of them call."""
-    with shared.store.lease() as servable, pytest.raises(Forbidden, match="for administrators"):
-        servable.call("add_items", embedded(shared))
+    """By no door: `submit` is what all of them call. Nor can they withdraw."""
+    with shared.store.lease() as servable:
+        with pytest.raises(Forbidden, match="'add_items' is for administrators"):
+            servable.call("add_items", embedded(shared))
+        with pytest.raises(Forbidden, match="'withdraw_items' is for administrators"):
+            servable.call("withdraw_items", {"item_id": ["i01"], "withdrawn": [True]})
 
 
 def test_without_a_journal_or_spare_rows(world: World, tmp_path: Path) -> None:
@@ -242,11 +262,14 @@ def test_without_a_journal_or_spare_rows(world: World, tmp_path: Path) -> None:
     with server(tmp_path / "films", tmp_path / "journal") as found:
         with pytest.raises(NotPossible, match=r"no version of 'films' .* export\.spare_items above 0"):
             found.new.add("films", [{"item_id": "a", "text": "x"}])
+        with pytest.raises(NotPossible, match=r"version 1 of 'films' cannot withdraw .* export\.spare_items above 0"):
+            found.new.withdraw("films", [world.old])
         bounds = RestSettings()
         admin = admin_app(found.store, Tokens(tmp_path / "tokens"), bounds)
         with listening(uvicorn_config(admin, bounds)) as door:
-            answer = door.post("/v1/admin/items", {"items": [{"item_id": "a"}]}, authorization=f"Bearer {KEY}")
-            assert answer.status == 409 and "--items-journal" in answer.json["error"]
+            for path, body in (("", {"items": [{"item_id": "a"}]}), ("/withdraw", {"item_ids": ["a"]})):
+                answer = door.post(f"/v1/admin/items{path}", body, authorization=f"Bearer {KEY}")
+                assert answer.status == 409 and "--items-journal" in answer.json["error"]
 
 
 def test_a_restart_and_later_versions_have_them(
@@ -259,17 +282,20 @@ def test_a_restart_and_later_versions_have_them(
         answer = first.new.add("films", [world.items[2], extra])
         assert answer["spare_items_left"] == {"1": 0}
         before = first.ids(history=(new[0], world.old))
+        first_lists = first.ids(history=(world.old,), include=tuple(new))
     journal = ItemsJournal(tmp_path / "journal")
     journal.append("music", [{**extra, "item_id": "song"}])
     journal.append("films", [{**extra, "item_id": "too many"}, extra])
+    journal.append("films", [{"item_id": new[0]}], WITHDRAW)
     with server(models, tmp_path / "journal") as second:
         assert second.known[-NEW - 1 :] == [*new, "extra"]
         assert second.ids(history=(new[0], world.old)) == before and set(new[1:]) & set(before)
+        assert new[0] in first_lists and new[0] not in second.ids(history=(world.old,), include=tuple(new))
         assert "version 1 lacks 1 new items: it has 0 spare rows (export.spare_items)" in caplog.text
         shutil.copytree(world.later, models / "2")  # has the three in its own catalogue, and no spare rows
         second.store.poll()
         assert second.known == [str(item) for item in world.whole.item_ids]
-        assert "takes no new items (export.spare_items); 2 of the journal are left out" in caplog.text
+        assert "takes no new items (export.spare_items); 3 of the journal are left out" in caplog.text
         with pytest.raises(NotPossible):
             second.new.add("films", [{"item_id": "late", "text": "x"}])
 
@@ -293,6 +319,289 @@ def test_what_another_process_added(world: World, models: Path, tmp_path: Path) 
             assert one.ids(**request) == other.ids(**request)
 
 
+def test_lists_are_spread_by_what_new_items_are_like(world: World, models: Path, tmp_path: Path) -> None:
+    """Their vectors are those that the same content has in the catalogue; so of twins one is enough."""
+    twin = {**raw(world.whole, 5), "item_id": "twin"}
+    with server(models, tmp_path / "journal") as found:
+        found.new.add("films", [twin, *world.items])
+        with found.store.lease() as servable:
+            catalogue = found.recommending.catalogue(servable)
+        ids = [str(item) for item in world.whole.item_ids]
+        vectors = catalogue.vectors([*ids, "twin", "being added"])
+        tables = [world.whole.members[name].table for name in ("text", "image")]
+        both = np.hstack(tables)
+        both /= np.linalg.norm(both, axis=1, keepdims=True)
+        np.testing.assert_allclose(vectors[:40] @ vectors[:40].T, both @ both.T, atol=0.02)
+        assert vectors[5] @ vectors[40] > 0.99 and not vectors[41].any()
+        last = found.ids(history=(world.old,), include=("twin", *ids[5:16]))[-1]
+        request: dict[str, Any] = {"history": (world.old,), "include": ("twin", ids[5], last), "k": 2}
+        assert set(found.ids(**request)) == {"twin", ids[5]}
+        assert last in found.ids(**request, diversity=1.0)
+
+
+class TestWithdrawn:
+    def test_by_the_door(self, world: World, models: Path, tmp_path: Path) -> None:
+        """O6, O11: in no list, no search and on no page until they are put back; every process and each start knows."""
+        (tmp_path / "tokens").write_text(f"ops {hashlib.sha256(KEY.encode()).hexdigest()}\n")
+        bounds, key = RestSettings(seconds=60.0), {"authorization": f"Bearer {KEY}"}
+        new, old = world.items[0]["item_id"], world.old
+        words = world.items[0]["title"].replace(" ", "%20")
+        gone = [new, old]
+        with server(models, tmp_path / "journal") as found, server(models, tmp_path / "journal") as other:
+            found.new.add("films", world.items[:1])
+            admin = admin_app(found.store, Tokens(tmp_path / "tokens"), bounds, found.new)
+            users = app(found.store, found.recommending, bounds)
+            with (
+                listening(uvicorn_config(admin, bounds)) as ops,
+                listening(uvicorn_config(users, bounds)) as door,
+            ):
+                before = found.ids(include=tuple([*gone, "i07"]), history=("i05",))
+                assert set(before) == {*gone, "i07"}
+                assert ops.post("/v1/admin/items/withdraw", {"item_ids": gone}).status == 401
+                answer = ops.post("/v1/admin/items/withdraw", {"model": "films", "item_ids": [*gone, new]}, **key)
+                assert answer.json == {"item_ids": gone, "versions": [1]}
+                assert ops.post("/v1/admin/items/withdraw", {"item_ids": gone}, **key).status == 200
+                unknown = ops.post("/v1/admin/items/withdraw", {"item_ids": [old, "nobody"]}, **key)
+                assert unknown.status == 404 and unknown.json == {"error": "the catalogue has no item 'nobody'."}
+
+                assert found.ids(include=tuple([*gone, "i07"]), history=("i05",)) == ["i07"]
+                for item in gone:
+                    assert door.post("/v1/similar", {"item_id": item, "k": 5}).status == 404
+                    assert door.get(f"/v1/items?id={item}").json == {"items": []}
+                    assert door.get(f"/v1/items/{item}/image").status == 404
+                likened = door.post("/v1/similar", {"item_id": "i05", "k": K_MAX}).json["items"]
+                assert len(likened) == K_MAX and not {item["item_id"] for item in likened} & set(gone)
+                assert new not in door.get(f"/v1/items?search={words}").content.decode()
+                about = door.get("/v1/catalogue").json
+                assert about["items"] == 40 - NEW + 1 - 2 and "new" not in about["filters"].get("genres", [])
+                filtered = door.post("/v1/recommend", {"history": ["i05"], "filters": {"genres": ["new"]}}).json
+                assert filtered["items"] == []
+                known = found.recommending.recommend(RecommendRequest(history=(old,), k=1))
+                assert not known.unknown_user, "a history knows them all the same"
+
+                listed = ops.get("/v1/admin/items?model=films", **key).json["versions"]
+                assert listed == {"1": {"added": [new], "withdrawn": [old, new], "spare_items_left": SPARE - 1}}
+
+                assert other.new.catch_up()
+                with server(models, tmp_path / "journal") as later:
+                    for process in (other, later):
+                        assert process.ids(include=tuple([*gone, "i07"]), history=("i05",)) == ["i07"]
+                assert ops.post("/v1/admin/items/restore", {"item_ids": gone}, **key).json["versions"] == [1]
+                assert door.get(f"/v1/items/{new}/image").headers["cache-control"] == "private, max-age=60"
+                other.new.catch_up()
+                for process in (found, other):
+                    assert process.ids(include=tuple([*gone, "i07"]), history=("i05",)) == before
+
+    def test_an_item_comes_again(self, world: World, models: Path, tmp_path: Path) -> None:
+        """A new one with other texts, which takes one row more in every process; one of the catalogue is restored."""
+        item, other = world.items[0], world.items[1]
+        changed = {**other, "item_id": item["item_id"]}
+        with server(models, tmp_path / "journal") as first:
+            first.new.add("films", [item])
+            first.new.withdraw("films", [item["item_id"], world.old])
+            assert first.new.add("films", [changed])["spare_items_left"] == {"1": SPARE - 2}
+            with pytest.raises(ItemExists, match=f"'{item['item_id']}' is there already.$"):
+                first.new.add("films", [item])
+            with pytest.raises(ItemExists, match="is there already, and withdrawn: restore it"):
+                first.new.add("films", [{**item, "item_id": world.old}])
+            first.new.add("films", [other])
+        with server(models, tmp_path / "journal") as second:
+            assert second.known == first_known(second, item, other)
+            vectors = first_vectors(second, [item["item_id"], other["item_id"]])
+            np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+            assert world.old not in second.ids(include=(world.old, "i07"))
+            ItemsJournal(tmp_path / "journal").append("films", [{**item, "item_id": world.old}])
+            second.new.catch_up()
+            assert world.old in second.ids(include=(world.old, "i07")), "added where it was unknown, so it is offered"
+            new = [item["item_id"], other["item_id"]]
+            told = {"added": new, "withdrawn": [], "spare_items_left": SPARE - 3}
+            assert second.new.listed("") == {"versions": {"1": told}}
+
+    @pytest.mark.parametrize(
+        "item_ids, error, message",
+        [
+            ([], LimitExceeded, "must name 1 to 1000 items; received 0"),
+            (["a"] * (MOST_IDS + 1), LimitExceeded, "must name 1 to 1000 items; received 1001"),
+            (["a", ""], InvalidRequest, "item_ids.1 must have 1 to 256 characters"),
+            (["nobody"], UnknownItem, "the catalogue has no item 'nobody'"),
+        ],
+    )
+    def test_what_is_refused(
+        self, shared: Server, item_ids: list[str], error: type[ServingError], message: str
+    ) -> None:
+        for call in (shared.new.withdraw, shared.new.restore):
+            with pytest.raises(error, match=message):
+                call("films", item_ids)
+        assert shared.new._journal.size == 0
+
+
+def first_known(found: Server, item: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The catalogue's items, and the new ones row by row."""
+    return [*found.known[: 40 - NEW], item["item_id"], item["item_id"], other["item_id"]]
+
+
+def first_vectors(found: Server, ids: list[str]) -> np.ndarray:
+    with found.store.lease() as servable:
+        return found.recommending.catalogue(servable).vectors(ids)
+
+
+def test_an_older_version_withdraws_nothing(
+    world: World, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Exported before there was the signature, and what makes vectors: it still takes new items, and says what it
+    cannot do."""
+    manifest = verify_manifest(models / "1")
+    (models / "1" / "item_projections.npz").unlink()
+    signatures = {name: spec for name, spec in manifest.signatures.items() if name != "withdraw_items"}
+    write_manifest(models / "1", replace(manifest, signatures=signatures))
+    journal, item = ItemsJournal(tmp_path / "journal"), world.items[0]
+    journal.append("films", [{**item, "item_id": world.old}, item])
+    journal.append("films", [{"item_id": item["item_id"]}], WITHDRAW)
+    with server(models, tmp_path / "journal") as found:
+        assert found.known[40 - NEW :] == [item["item_id"]] and "version 1 cannot withdraw 1 items" in caplog.text
+        with pytest.raises(NotPossible, match="version 1 of 'films' cannot withdraw items"):
+            found.new.withdraw("", [world.old])
+        assert not first_vectors(found, [item["item_id"]]).any(), "like no other"
+        assert len(found.ids(history=(world.old,), diversity=0.5)) == K_MAX
+
+
+def test_what_an_error_cut_short_is_tried_again(
+    world: World, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """O10: from where it broke off, so that nothing is left out and nothing done twice."""
+    journal, (one, two, three) = ItemsJournal(tmp_path / "journal"), world.items
+    monkeypatch.setattr(serving.new_items, "TOGETHER", 1)
+    with server(models, tmp_path / "journal") as found, found.store.lease() as servable:
+        journal.append("films", [one])
+        journal.append("films", [{"item_id": one["item_id"]}, {"item_id": world.old}], WITHDRAW)
+        journal.append("films", [{"item_id": one["item_id"]}], RESTORE)
+        journal.append("films", [two, three])
+        ends = [entry.end for entry in journal.read()[0]]
+        predict, faults = servable.predictor.predict, [OSError(5, "Input/output error"), Overloaded("no memory")]
+
+        def fails(signature: str, inputs: Any) -> Any:
+            if signature == "add_items" and inputs["item_id"] == [two["item_id"]] and faults:
+                raise faults.pop()
+            return predict(signature, inputs)
+
+        monkeypatch.setattr(servable.predictor, "predict", fails)
+        for _ in range(2):
+            assert not found.new.catch_up()
+            beside = found.new._beside(servable)
+            assert (beside.read, beside.left) == (ends[3], SPARE - 1) and beside.seen != journal.size
+            assert found.known[40 - NEW :] == [one["item_id"]] and "it is tried again" in caplog.text
+        assert found.new.catch_up()
+        assert found.known[40 - NEW :] == [item["item_id"] for item in world.items]
+        assert (beside.read, beside.seen, beside.left) == (journal.size, journal.size, SPARE - 3)
+        listed = found.ids(history=("i07",), include=(world.old, *found.known[40 - NEW :]))
+        assert set(listed) == {item["item_id"] for item in world.items}
+
+
+def test_pauses_grow_while_a_disk_refuses(shared: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or two faults a second would fill the log, and the disk."""
+    monkeypatch.setattr(serving.new_items, "WATCH_S", 0.01)
+    tries = []
+
+    def fails(_: Any) -> Any:
+        tries.append(time.monotonic())
+        raise ServingError("the journal of new items cannot be read.")
+
+    monkeypatch.setattr(type(shared.new._journal), "size", property(fails))
+    new = NewItems(shared.store, shared.recommending, shared.new._journal, ItemReader)
+    new.start()
+    time.sleep(0.7)
+    new.close()
+    assert 3 <= len(tries) <= 6
+    assert all(later - earlier >= 0.01 * 2**n for n, (earlier, later) in enumerate(pairwise(tries), 1))
+
+
+def test_lists_beside_a_call_are_whole(world: World, models: Path, tmp_path: Path) -> None:
+    """O11: whoever asks while items are added meets ids that are right, one a place, and what was known before."""
+    batch = [{**world.items[0], "item_id": f"n{number}"} for number in range(SPARE)]
+    with server(models, tmp_path / "journal") as found, found.store.lease() as servable:
+        predict, stop, faults, lists = servable.predictor.recommend, threading.Event(), list[Any](), list[Any]()
+        found.new.add("films", batch[:1])
+
+        def ask() -> None:
+            while not stop.is_set():
+                answer = predict(histories=[["n0", "i07"], ["i07", ""]], k=K_MAX)
+                lists.append(answer["item_ids"])
+                if not answer["item_ids"].astype(bool).all() or b"n0" in answer["item_ids"][0]:
+                    faults.append(answer["item_ids"])
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for item in batch[1:]:
+            time.sleep(0.05)
+            found.new.add("films", [item])
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not faults and len(lists) > SPARE
+
+
+def test_a_call_that_hangs_keeps_no_version_back(
+    world: World, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """O8: a version is loaded without its new items, and gets them afterwards; nor does a server hang at its end."""
+    ItemsJournal(tmp_path / "journal").append("films", world.items[:1])
+    for pause in ("PATIENCE_S", "CLOSE_S", "WATCH_S"):
+        monkeypatch.setattr(serving.new_items, pause, 0.05)
+    store = ModelStore([ModelConfig("films", models)], prepare=lambda servable: new.prepare(servable))
+    recommending = Recommending(store, timeout_ms=60_000)
+    new = NewItems(store, recommending, ItemsJournal(tmp_path / "journal"), ItemReader)
+    try:
+        with new._lock:
+            store.poll()
+        found = Server(store, recommending, new)
+        assert len(found.known) == 40 - NEW and "gets its new items later: a call is busy" in caplog.text
+        new.catch_up()
+        assert found.known[-1] == world.items[0]["item_id"]
+        ItemsJournal(tmp_path / "journal").append("films", world.items[1:])
+        with new._lock:
+            new.start()
+            time.sleep(0.2)
+            started = time.monotonic()
+            new.close()
+            assert time.monotonic() - started < 1.0
+        assert new._thread is not None
+        new._thread.join(10)
+        assert not new._thread.is_alive() and found.known[-1] == world.items[0]["item_id"], "it stopped before the next"
+    finally:
+        store.close()
+
+
+def test_a_reader_that_fails_is_one_sentence_without_a_path(
+    world: World, shared: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shared.store.lease() as servable:
+        reader, folder = shared.new._beside(servable).reader, servable.folder
+
+        def fails(*_: Any) -> Any:
+            raise DataError(f"{folder}/examples/text.npz must be whole.")
+
+        monkeypatch.setattr(reader, "read", fails)
+        with pytest.raises(InvalidRequest, match=r"'image' cannot read the items: version 1/examples/text\.npz"):
+            shared.new.add("films", world.items)
+        monkeypatch.undo()
+        monkeypatch.setattr(reader, "picture", lambda _: None)
+        with pytest.raises(InvalidRequest, match=r"the image of '.*' cannot be used: no page could show it"):
+            shared.new.add("films", world.items)
+        monkeypatch.undo()
+        monkeypatch.setattr(shared.new, "_reader", fails)
+        monkeypatch.setattr(shared.new, "_versions", {})
+        with pytest.raises(ServingError, match="version 1 of 'films' must say how its encoders read items"):
+            shared.new.add("films", world.items)
+    assert shared.new._journal.size == 0
+
+
+def test_a_journal_needs_a_reader(tmp_path: Path) -> None:
+    """Or new items would be off without a word."""
+    with pytest.raises(ConfigurationRefused, match="has an 'items_journal', and no 'item_reader'"):
+        Worker(ServerSettings((), items_journal=tmp_path), None)
+
+
 class TestJournal:
     def test_damaged_and_torn_lines_are_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         journal, file = ItemsJournal(tmp_path / "new" / "folder"), tmp_path / "new" / "folder" / FILE
@@ -300,18 +609,22 @@ class TestJournal:
         journal.append("films", [{"item_id": "ü", "year": 1.5}, {"item_id": "b", "genres": ["x"]}])
         whole = file.read_bytes()
         entries, end = journal.read()
-        assert [(model, item) for model, item in entries] == [
-            ("films", {"item_id": "ü", "year": 1.5}),
-            ("films", {"item_id": "b", "genres": ["x"]}),
+        half = whole.index(b"\n") + 1
+        assert entries == [
+            Entry("films", {"item_id": "ü", "year": 1.5}, ADD, half),
+            Entry("films", {"item_id": "b", "genres": ["x"]}, ADD, len(whole)),
         ]
+        assert journal.read(half) == (entries[1:], end)
         assert end == len(whole) == journal.size and journal.read(end) == ([], end)
         file.write_bytes(whole + whole[:30])
         assert journal.read() == (entries, end) and "cut off" in caplog.text
-        journal.append("films", [{"item_id": "c"}])
-        found, _ = journal.read(end)
-        assert [item["item_id"] for _, item in found] == ["c"] and "damaged, at byte" in caplog.text
+        journal.append("films", [{"item_id": "c"}], WITHDRAW)
+        found, end = journal.read(end)
+        assert found == [Entry("films", {"item_id": "c"}, WITHDRAW, end)] and "damaged, at byte" in caplog.text
+        file.write_bytes(file.read_bytes().replace(b'"withdraw"', b'"restore"'))
+        assert journal.read() == (entries, file.stat().st_size), "what was changed counts as damaged"
         file.write_bytes(whole.replace(b'"b"', b'"z"') + b'{"sha256": 5}\n[]\n' + b"[" * 5000 + b"\n\xff\n")
-        assert [item["item_id"] for _, item in journal.read()[0]] == ["ü"]
+        assert [entry.item["item_id"] for entry in journal.read()[0]] == ["ü"]
 
     def test_a_full_disk_adds_nothing(
         self, world: World, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -329,10 +642,52 @@ class TestJournal:
             found.new.add("films", world.items[:1])
             assert len(found.known) == 41 - NEW
 
+    def test_a_disk_that_refuses_is_one_sentence_without_a_path(self, tmp_path: Path) -> None:
+        journal = ItemsJournal(tmp_path)
+        (tmp_path / FILE).mkdir()
+        with pytest.raises(ServingError, match="cannot be read; the disk answered 'Is a directory'") as refused:
+            journal.read()
+        assert str(tmp_path) not in str(refused.value)
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).mkdir()
+        with pytest.raises(NotWritable, match="cannot be locked, the disk answered 'Is a directory'"), journal.alone():
+            pass
+        (tmp_path / LOCK).rmdir()
+        (tmp_path / FILE).rmdir()
+        tmp_path.rmdir()
+        tmp_path.write_text("a file where the folder was")
+        with pytest.raises(ServingError, match="cannot be read; the disk answered 'Not a directory'"):
+            _ = journal.size
+        tmp_path.unlink()
+
+    def test_what_goes_wrong_while_it_is_locked_stays_what_it_is(self, tmp_path: Path) -> None:
+        with pytest.raises(FileExistsError), ItemsJournal(tmp_path).alone():
+            raise FileExistsError
+
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ServingError, match="needs a folder it can write"):
             ItemsJournal(tmp_path / "file" / "journal")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+def test_the_page_shows_their_titles_and_pictures(world: World, models: Path, tmp_path: Path) -> None:
+    """O11, A7: in a real browser, under the page's own policy."""
+    bounds = RestSettings(seconds=60.0)
+    with server(models, tmp_path / "journal") as found:
+        found.new.add("films", world.items)
+        found.ids(history=(world.old,))  # the graph is traced at the first call
+        with listening(uvicorn_config(app(found.store, found.recommending, bounds), bounds)) as door:
+            command = [
+                *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+                *(f"--user-data-dir={tmp_path / 'browser'}", "--enable-logging=stderr", "--virtual-time-budget=8000"),
+                *("--dump-dom", f"http://127.0.0.1:{door.port}/#liked={world.old}&k=5&filter-genres=new"),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, "neither an error nor a violation of the policy"
+    assert all(item["title"] in done.stdout for item in world.items)
+    assert len(re.findall(r'<img class="poster" alt="" src="blob:', done.stdout)) == NEW
 
 
 @pytest.mark.slow
@@ -365,6 +720,9 @@ def test_two_worker_processes_and_a_restart(world: World, models: Path, tmp_path
                 time.sleep(0.2)
             time.sleep(1.0)
             assert likened() == {200}
+            assert doors["admin"].post("/v1/admin/items/withdraw", {"item_ids": [new]}, **key).status == 200
+            time.sleep(1.5)
+            assert likened() == {404}
         finally:
             process.terminate()
             process.wait(60)

@@ -428,6 +428,21 @@ def test_time_in_a_queue_counts(servable):
     assert recommending.recommend(request, until=started + 0.4).items and time.monotonic() - started < 0.5
 
 
+def test_no_request_gets_more_than_the_longest_time(servable):
+    """O13: whatever it asks for, and whatever is usual; a shorter one is kept."""
+    servable.faults = dict.fromkeys(MEMBERS, "hang")
+    for usual, asked, longest, seconds in (
+        (60_000, 3600_000, 300, 0.3),
+        (60_000, None, 300, 0.3),
+        (100, 200, 9000, 0.2),
+    ):
+        recommending = Recommending(FakeStore(servable), timeout_ms=usual, longest_ms=longest)
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            recommending.recommend(RecommendRequest(k=1, timeout_ms=asked))
+        assert 0.5 * seconds < time.monotonic() - started < seconds + 1.0
+
+
 def test_a_member_may_be_taken_out_and_put_back(servable):
     """H7: what an operator, or a rule of the monitor, does about a member that says nonsense."""
     store = FakeStore(servable)
