@@ -3,22 +3,28 @@
 A worker takes the oldest request and whatever waits beside it that fits into one call of the graph. A lone client is
 therefore answered at once, and the batch grows by itself while the graph is busy. The queue is bounded: what does not
 fit is refused at once with the time after which to come back.
+
+Calls of the graph that are known to be quick are computed on the event loop that asks (`soon`), without a thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fusion.export.manifest import Signature
 from serving.errors import DeadlineExceeded, Overloaded, ServingError, Unavailable
+from serving.gathering import ENOUGH, Gathering
 from serving.inputs import Arrays
 from serving.limits import check_bounds
 from serving.metrics import METRICS
@@ -35,6 +41,8 @@ CLOSE_S = 10.0
 or other versions from being loaded."""
 FIRST_GUESS_S = 0.05
 """What a batch is assumed to take before one was measured."""
+QUICK_S = 0.002
+"""Batches that take less may be computed on an event loop: nobody else on it waits for longer."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class _Entry:
     rows: int
     key: tuple[object, ...]
     deadline: float | None
-    future: Future[Arrays]
+    future: Future[Arrays] | asyncio.Future[Arrays]
     since: float
 
 
@@ -87,6 +95,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self._seconds = FIRST_GUESS_S  # of a batch, smoothed
+        self._seconds_of: dict[str, float] = {}  # by signature
+        self._gathered: dict[str, Gathering[_Entry]] = {}
         self._threads = [
             threading.Thread(target=self._work, name=f"batch-{name}-{number}", daemon=True)
             for number in range(settings.threads)
@@ -106,8 +116,8 @@ class Batcher:
 
         Raises Overloaded when the queue is full, Unavailable when the version is being unloaded.
         """
-        rows = len(next(iter(arrays.values())))
-        entry = _Entry(signature, arrays, rows, self._key(signature, arrays), deadline, Future(), time.monotonic())
+        future: Future[Arrays] = Future()
+        entry = self._entry(signature, arrays, deadline, future)
         late: list[_Entry] = []
         try:
             with self._changed:
@@ -122,7 +132,35 @@ class Batcher:
         finally:
             for other in late:
                 _wanted(other)  # tells whoever waits for it that it is late; not under the lock, which they may need
-        return entry.future
+        return future
+
+    def soon(self, signature: str, arrays: Arrays) -> asyncio.Future[Arrays] | None:
+        """Puts one request to those that are computed together on the running event loop, where calls of the signature
+        are known to be quick. None where they are not, and where the queue is full: `submit` it.
+
+        A future that is cancelled while it waits is never computed.
+        """
+        quick = self._seconds_of.get(signature, math.inf) < QUICK_S
+        if not quick or self._closed or _rows(arrays) > ENOUGH or self.depth >= self._settings.queue:
+            return None
+        loop = asyncio.get_running_loop()
+        gathering = self._gathered.get(signature)
+        if gathering is None or gathering.loop is not loop:
+            gathering = self._gathered[signature] = Gathering(loop, self._compute_here)
+        future: asyncio.Future[Arrays] = loop.create_future()
+        gathering.add(self._entry(signature, arrays, None, future))
+        return future
+
+    def _entry(self, signature: str, arrays: Arrays, deadline: float | None, future: Any) -> _Entry:
+        key = self._key(signature, arrays)
+        return _Entry(signature, arrays, _rows(arrays), key, deadline, future, time.monotonic())
+
+    def _compute_here(self, entries: list[_Entry]) -> None:
+        """On an event loop: those that are alike together."""
+        left = [entry for entry in entries if not entry.future.done()]
+        while left:
+            self._compute([entry for entry in left if entry.key == left[0].key])
+            left = [entry for entry in left if entry.key != left[0].key]
 
     def _make_room(self) -> list[_Entry]:
         """Takes out of the queue what nobody waits for any more; returns it."""
@@ -134,7 +172,7 @@ class Batcher:
     @property
     def depth(self) -> int:
         """How many requests wait."""
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, tuple(self._gathered.values())))
 
     def close(self, within_s: float = CLOSE_S) -> None:
         """Answers what waits and ends the threads; one that hangs is left alone, and what waits behind it refused."""
@@ -208,6 +246,8 @@ class Batcher:
                 entry.future.set_result(answer)
         seconds = time.monotonic() - started
         self._seconds += 0.1 * (seconds - self._seconds)
+        before = self._seconds_of.get(batch[0].signature, seconds)
+        self._seconds_of[batch[0].signature] = before + 0.1 * (seconds - before)
         METRICS.batch(self._name, rows, seconds, started - batch[0].since)
 
     def _together(self, batch: list[_Entry], rows: int) -> list[Arrays]:
@@ -237,8 +277,13 @@ class Batcher:
             entry.future.set_exception(_ours(error))
 
 
+def _rows(arrays: Arrays) -> int:
+    return len(next(iter(arrays.values())))
+
+
 def _wanted(entry: _Entry) -> bool:
     """Whether somebody still waits for it; answers those whose time is over."""
+    assert isinstance(entry.future, Future)
     if not entry.future.set_running_or_notify_cancel():
         return False
     if entry.deadline is not None and time.monotonic() >= entry.deadline:

@@ -47,7 +47,7 @@ from serving.messages import BEST, ItemList, RecommendRequest, SimilarRequest
 from serving.metrics import METRICS
 from serving.model_config import model_configs
 from serving.model_store import ModelStore, Servable
-from serving.recommending import InThread, Wait
+from serving.recommending import Compute, InThread
 from serving.security import TokenInterceptor, Tokens
 from serving.settings import GrpcSettings
 from serving.tensors import decode, predict_response
@@ -70,7 +70,7 @@ class Recommends(Protocol):
     """What answers our own service (`serving.recommending.Recommending`). `recommend_soon` is called on the event loop,
     `similar` from several threads."""
 
-    async def recommend_soon(self, request: RecommendRequest, wait: Wait, in_thread: InThread) -> ItemList: ...
+    async def recommend_soon(self, request: RecommendRequest, compute: Compute, in_thread: InThread) -> ItemList: ...
 
     def similar(self, request: SimilarRequest) -> ItemList: ...
 
@@ -216,8 +216,16 @@ class GrpcDoor:
             METRICS.request(call.model, method, "GRPC", status, time.monotonic() - started)
 
     async def _result(self, call: _Call, servable: Servable, signature: str, inputs: Mapping[str, Any]) -> Arrays:
-        checked = servable.predictor.check(signature, inputs)
-        answer: Arrays = await self._completions.result(servable.submit(signature, checked, call.deadline))
+        return await self._computed(servable, signature, servable.predictor.check(signature, inputs), call.deadline)
+
+    async def _computed(
+        self, servable: Servable, signature: str, arrays: Arrays, deadline: float | None, here: bool = True
+    ) -> Arrays:
+        """What a signature answers: quick ones on this loop, others in the thread of their batches."""
+        quick = servable.soon(signature, arrays) if here else None
+        if quick is not None:
+            return await quick
+        answer: Arrays = await self._completions.result(servable.submit(signature, arrays, deadline))
         return answer
 
     @contextmanager
@@ -352,7 +360,7 @@ class GrpcDoor:
             version=given.version or None,
             label=given.version_label,
         )
-        answer = await self._recommending.recommend_soon(request, self._completions.result, self._in_pool)
+        answer = await self._recommending.recommend_soon(request, self._computed, self._in_pool)
         return _list_bytes(call, answer)
 
     async def _similar(self, data: bytes, call: _Call) -> bytes:

@@ -8,6 +8,7 @@ pauses, or at once when its files change.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import dataclasses
@@ -148,6 +149,14 @@ class Servable:
         self._watch(future, signature, arrays, started)
         return future
 
+    def soon(self, signature: str, arrays: Arrays) -> asyncio.Future[Arrays] | None:
+        """As `submit`, on the running event loop, where that is quick; None where it is not (`Batcher.soon`)."""
+        started = time.monotonic()
+        future = self._batcher.soon(signature, arrays)
+        if future is not None:
+            self._watch(future, signature, arrays, started)
+        return future
+
     def aside(self, signature: str, arrays: Arrays) -> Arrays:
         """The outputs for checked inputs, computed at once and beside the queue, in which what hangs keeps everybody
         waiting. Raises as `Predictor.run` does."""
@@ -159,7 +168,9 @@ class Servable:
             future.set_exception(error)
         return future.result()
 
-    def _watch(self, future: Future[Arrays], signature: str, arrays: Arrays, started: float) -> None:
+    def _watch(
+        self, future: Future[Arrays] | asyncio.Future[Arrays], signature: str, arrays: Arrays, started: float
+    ) -> None:
         called = self._called
         if called is not None:
             future.add_done_callback(

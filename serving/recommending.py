@@ -12,8 +12,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,8 +56,15 @@ MOST_AT_ONCE = 1000
 
 Given = TypeVar("Given")
 Answer = TypeVar("Answer")
-Wait = Callable[[Future[Arrays]], Awaitable[Arrays]]
-"""Waits for a future on an event loop, and cancels it when it is itself cancelled."""
+
+
+class Compute(Protocol):
+    """Computes checked inputs for somebody on an event loop, and gives up when it is cancelled. `here` allows the loop
+    itself for quick ones, which it could not leave if they hung."""
+
+    async def __call__(
+        self, servable: Servable, signature: str, arrays: Arrays, deadline: float | None, /, here: bool
+    ) -> Arrays: ...
 
 
 class InThread(Protocol):
@@ -170,13 +176,13 @@ class Recommending:
         with self._asked(request, arrived, until) as asked:
             return _list(asked, *self._answered(asked))
 
-    async def recommend_soon(self, request: RecommendRequest, wait: Wait, in_thread: InThread) -> ItemList:
+    async def recommend_soon(self, request: RecommendRequest, compute: Compute, in_thread: InThread) -> ItemList:
         """`recommend` on an event loop. While all is well no thread is held, and the bounded queue of the version
         decides what is refused. What takes long, such as filters or members that are asked one by one, is done in a
         thread.
 
         Args:
-            wait: for the graph.
+            compute: calls the graph.
             in_thread: does what takes long.
         """
         arrived = time.monotonic()
@@ -188,8 +194,12 @@ class Recommending:
             failure = None
             if self._whole(asked):
                 try:
-                    async with asyncio.timeout_at(asked.deadline):
-                        answer = await wait(asked.servable.submit(asked.signature, asked.inputs, asked.deadline))
+                    # Where there is no way round the signature, whoever called ends it.
+                    alone = asked.members is None
+                    async with asyncio.timeout_at(None if alone else asked.deadline):
+                        answer = await compute(
+                            asked.servable, asked.signature, asked.inputs, asked.deadline, here=alone
+                        )
                 except TimeoutError:
                     failure = _borne(asked, DeadlineExceeded("the deadline passed before the model answered."))
                 except ServingError as error:

@@ -1,5 +1,6 @@
 """Micro-batching with a fake graph in numpy: what is put together, what is not, and who gets which answer."""
 
+import asyncio
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from fusion.export.manifest import Signature, TensorSpec
+from serving import batching
 from serving.batching import Batcher, BatchSettings
 from serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError, Unavailable
+from serving.gathering import ENOUGH
 
 TEXTS = TensorSpec("string", (None, None))
 SIGNATURES = {
@@ -183,6 +186,54 @@ def test_closing_answers_what_waits_and_ends_the_threads(make, graph):
     assert not any(thread.is_alive() for thread in before)
     with pytest.raises(Unavailable, match="being unloaded"):
         batcher.submit("count", request([b"a"]))
+
+
+def known_as_quick(batcher, k=0):
+    for _ in range(3):
+        batcher.submit("count", request([b"a"], k=k)).result(5)
+
+
+def test_quick_requests_are_computed_on_the_loop(make, graph):
+    """Only where the calls are known to be quick; each gets its own answer or error, and whoever left none."""
+    batcher = make()
+
+    async def asked():
+        assert batcher.soon("count", request([b"a"])) is None  # nothing is known yet
+        known_as_quick(batcher)
+        del graph.calls[:]
+        futures = [
+            batcher.soon("count", request([b"a"] * n, k=k)) for n, k in ((1, 0), (2, 13), (3, 5), (4, 0), (20, 0))
+        ]
+        futures[3].cancel()
+        assert batcher.depth == 5
+        return await asyncio.gather(*futures, return_exceptions=True)
+
+    one, spoilt, three, gone, wide = asyncio.run(asked())
+    assert [answer["n"].tolist() for answer in (one, three, wide)] == [[1], [8], [20]]
+    assert isinstance(spoilt, InvalidRequest) and isinstance(gone, asyncio.CancelledError)
+    assert [rows for _, rows in graph.calls] == [3, 1, 1, 1, 1]  # what 13 spoils is computed one by one; the wide one
+    assert batcher.depth == 0
+
+
+def test_what_is_not_quick_goes_to_the_thread(make, graph, monkeypatch):
+    batcher = make(queue=1)
+    known_as_quick(batcher)
+
+    async def taken(*rows):
+        return batcher.soon("count", request(*rows)) is not None
+
+    async def taken_beside_another():
+        batcher.soon("count", request([b"a"]))
+        return await taken([b"a"])
+
+    assert asyncio.run(taken([b"a"]))
+    assert not asyncio.run(taken(*[[b"a"]] * (ENOUGH + 1)))
+    assert not asyncio.run(taken_beside_another())
+    monkeypatch.setattr(batching, "QUICK_S", 0.0)
+    assert not asyncio.run(taken([b"a"]))
+    monkeypatch.undo()
+    batcher.close()
+    assert not asyncio.run(taken([b"a"]))
 
 
 def test_settings_below_one_are_refused():

@@ -28,6 +28,7 @@ from tensorflow_serving.apis import (
 from fusion.compat import tf
 from fusion.export import savedmodel
 from fusion.export.manifest import Manifest, write_manifest
+from serving import batching, model_store
 from serving.batching import BatchSettings
 from serving.client import wire
 from serving.errors import InvalidRequest
@@ -216,7 +217,7 @@ def test_bytes_that_are_no_message_are_the_callers_fault(channel):
 
 def test_a_fault_inside_is_logged_and_not_told(store, caplog):
     class Broken:
-        async def recommend_soon(self, request, wait, in_thread):
+        async def recommend_soon(self, request, compute, in_thread):
             raise ZeroDivisionError("secret of /srv/models")
 
     with door_of(store, Broken()) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as opened:
@@ -434,8 +435,6 @@ class Slow:
 @pytest.fixture
 def slow(artifact, monkeypatch):
     """A store of one artifact, whose graph waits, with a queue for two."""
-    from serving import model_store
-
     made = []
 
     def load(folder, limits, cores=None):
@@ -478,13 +477,49 @@ def test_deadlines_vanished_clients_and_overload(slow):
     assert graph.rows == 3  # neither the late one nor the one whose client had gone
 
 
+def test_quick_calls_need_no_thread(artifact, monkeypatch):
+    """O13: once a signature is known to be quick, its calls are computed together on the event loop of the door, the
+    monitor hears of them, and whoever asks gets the answer of his own request."""
+    threads, heard = [], []
+
+    class Quick(Slow):
+        def run(self, signature, arrays):
+            threads.append((threading.current_thread().name, len(arrays["k"])))
+            found = self._run(signature, arrays)
+            return {**found, "scores": found["scores"] + arrays["k"][:, None].astype(np.float32)}
+
+    original = model_store.Predictor.load
+    monkeypatch.setattr(
+        model_store.Predictor, "load", lambda folder, limits, cores=None: Quick(original(folder, limits))
+    )
+    monkeypatch.setattr(batching, "QUICK_S", 10.0)
+    called = lambda servable, signature, arrays, result, seconds: heard.append(len(result()["scores"]))  # noqa: E731
+    store = ModelStore([ModelConfig("films", artifact)], called=called)
+    store.poll()
+    with door_of(store) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as opened:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(opened)
+
+        def first_score(k):
+            answer = stub.Predict(predict_request(user_id=["u0"], k=np.array([k], np.int32)), timeout=10)
+            return decode("scores", answer.outputs["scores"], "float32")[0, 0] - k
+
+        first_score(1)
+        del threads[:], heard[:]
+        with ThreadPoolExecutor(8) as pool:
+            scores = list(pool.map(first_score, [1, 2, 3, 4] * 20))
+    store.close()
+    np.testing.assert_allclose(scores, scores[0], rtol=1e-5)
+    assert {name for name, _ in threads} == {"door"}
+    assert sum(rows for _, rows in threads) == len(heard) == 80 > len(threads)
+
+
 class Busy:
     """Keeps the event loop from everything else for a while; makes calls for a user wait without that."""
 
     def __init__(self):
         self.asked, self.entered = 0, threading.Event()
 
-    async def recommend_soon(self, request, wait, in_thread):
+    async def recommend_soon(self, request, compute, in_thread):
         self.asked += 1
         if request.user_id:
             await asyncio.sleep(5)

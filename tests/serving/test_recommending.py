@@ -65,8 +65,11 @@ def ask(servable, request):
 
 
 def soon(recommending, request, in_thread=asyncio.to_thread):
+    async def computed(servable, signature, arrays, deadline, here):
+        return await asyncio.wrap_future(servable.submit(signature, arrays, deadline))
+
     async def answered():
-        return await recommending.recommend_soon(request, asyncio.wrap_future, in_thread)
+        return await recommending.recommend_soon(request, computed, in_thread)
 
     return asyncio.run(answered())
 
