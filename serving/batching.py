@@ -4,7 +4,8 @@ A worker takes the oldest request and whatever waits beside it that fits into on
 therefore answered at once, and the batch grows by itself while the graph is busy. The queue is bounded: what does not
 fit is refused at once with the time after which to come back. Nobody waits for company.
 
-Calls of the graph that are known to be quick are computed on the event loop that asks (`soon`), without a thread; there a few wait for each other while others keep coming (`serving.gathering`).
+Calls of the graph that are known to be quick are computed on the event loop that asks (`soon`), without a thread; there
+a few wait for each other while others keep coming (`serving.gathering`).
 """
 
 from __future__ import annotations
