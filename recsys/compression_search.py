@@ -107,7 +107,7 @@ def _options(task: Any, recipes: Mapping[str, Recipe]) -> Options:
         try:
             facts = applied.members()
         except GateError as error:
-            note(f"{name} is left out: {error}", quiet=task.run.quiet)
+            _leave_out(task, name, error)
             continue
         for member, found in facts.items():
             own = options.setdefault(member, {ORIGINAL: (found["before"]["bytes"]["tflite"], applied.said(member))})
@@ -115,8 +115,16 @@ def _options(task: Any, recipes: Mapping[str, Recipe]) -> Options:
                 said = load_arrays(applied.folder / member / "answers.npz")["validation"]
                 own[name] = (found["after"]["bytes"]["tflite"], said)
     if not options:
-        raise GateError(f"a search must have a recipe that is of use; none of {', '.join(recipes)} is.")
+        raise _of_no_use(recipes)
     return options
+
+
+def _leave_out(task: Any, name: str, error: GateError) -> None:
+    note(f"{name} is left out: {error}", quiet=task.run.quiet)
+
+
+def _of_no_use(recipes: Mapping[str, Recipe]) -> GateError:
+    return GateError(f"a search must have a recipe that is of use; none of {', '.join(recipes)} is.")
 
 
 def _swaps(mix: Mix, options: Options, judged: Callable[[Mapping[str, str]], Mix]) -> list[Mix]:
@@ -167,9 +175,15 @@ def _of_recipes(
 ) -> tuple[dict[str, Any], list[Mix]]:
     metric, reports, mixes = task.experiment.primary, {}, []
     for name, recipe in recipes.items():
-        reports[name] = compress_task(task, name, recipe.model_copy(update={"max_drop": {}}))
+        try:
+            reports[name] = compress_task(task, name, recipe.model_copy(update={"max_drop": {}}))
+        except GateError as error:
+            _leave_out(task, name, error)
+            continue
         quality = reports[name]["differences"]["validation"][metric]["difference"]
         mixes.append(Mix({"all": name}, reports[name]["cost"]["after"]["bytes"], quality))
+    if not mixes:
+        raise _of_no_use(recipes)
     sign = 1.0 if parse_metric(metric, "candidates").higher_is_better else -1.0
     fitting = [mix for mix in mixes if mix.bytes <= budget and sign * mix.quality >= -max_drop]
     if not fitting:

@@ -11,6 +11,7 @@ from scipy import sparse
 from fusion.compat import keras, tf
 from fusion.errors import ConfigError
 from fusion.rules.normalisation import speaking
+from fusion.submodels.standardized import folded
 from recsys.collaborative.base import PADDING, Member, constant
 from recsys.collaborative.content import Contents
 from recsys.collaborative.tables import write_rows
@@ -98,7 +99,7 @@ class ServedRecommender(tf.Module):
         for name, content in (contents or {}).items():
             key = content.encoder.fingerprint(), content.columns  # members that read alike are traced and written once
             if key not in shared:
-                encoder, columns = content.encoder.encoder(), np.pad(content.table.T, [(0, 0), (0, self.spare)])
+                encoder, columns = folded(content.encoder.encoder()), np.pad(content.table.T, [(0, 0), (0, self.spare)])
                 shared[key] = embed_function(encoder), [*encoder.variables, constant(columns, name="search_table")]
             self.embed[name], variables = shared[key]
             available = np.pad(content.available, (0, self.spare))

@@ -17,11 +17,11 @@ from fusion.errors import ConfigError, GateError
 from fusion.export.litert import run as run_tflite
 from fusion.files import load_arrays, write_atomically
 from fusion.types import RunOptions
-from recsys import compression
+from recsys import compression, compression_search
 from recsys.classification_task import ClassificationTask
 from recsys.compressed_rankings import RankingCompression
 from recsys.compression import compress_all, compress_run, kept_promise
-from recsys.compression_search import Mix, front, improved, reduced, search_run
+from recsys.compression_search import Mix, front, improved, reduced, search, search_run
 from recsys.compression_summary import overview
 from recsys.pipeline import run_experiment
 from recsys.recipes import BUILT_IN, Recipe, recipe_named
@@ -358,6 +358,25 @@ class TestSearch:
         """The scoring model is one file: the recipe with the best lists that fits."""
         report, mixes = search_run(ranked, {"packed": recipe_named("packed", {})}, 10**9, 0.2)
         assert report["recipe"] == "packed" and len(mixes) == 1
+
+
+def test_a_recipe_of_no_use_ends_no_search_of_rankings(monkeypatch):
+    """A5: one that changes nothing is left out; where all are, it is said."""
+
+    def compressed(task, name, recipe):
+        if name == "useless":
+            raise GateError("it changes nothing.")
+        difference = {"validation": {"ndcg@10": {"difference": -0.001}}}
+        return {"recipe": name, "differences": difference, "cost": {"after": {"bytes": 10}}}
+
+    monkeypatch.setattr(compression_search, "compress_task", compressed)
+    task = SimpleNamespace(
+        OVER="candidates", experiment=SimpleNamespace(primary="ndcg@10"), run=SimpleNamespace(quiet=True)
+    )
+    report, mixes = search(task, {"useless": recipe(), "packed": recipe()}, 100, 0.01)
+    assert report["recipe"] == "packed" and [mix.recipes for mix in mixes] == [{"all": "packed"}]
+    with pytest.raises(GateError, match="must have a recipe that is of use; none of useless is"):
+        search(task, {"useless": recipe()}, 100, 0.01)
 
 
 def test_fewer_bytes_are_bought_where_they_cost_least():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from scipy import sparse
 
 import recsys
 from command_line import refusal, run_tool
-from fusion.compat import tf
+from fusion.compat import keras, tf
 from fusion.errors import ConfigError, DataError
 from fusion.images import load_images
 from fusion.rules import RULES
+from fusion.submodels.standardized import StandardizedConv2D
 from recsys.collaborative.base import Member, TrainingData
-from recsys.collaborative.content import join_columns
+from recsys.collaborative.content import Contents, join_columns
 from recsys.core import MemberScores, RankingCore
 from recsys.examples import Examples
 from recsys.export import artifact_of
@@ -47,6 +49,24 @@ def serve(members: dict[str, Member], ids: np.ndarray, k_max: int = K_MAX) -> Se
     """A recommender of nobody in particular."""
     nobody = sparse.csr_matrix((1, len(ids)), dtype=np.float32)
     return ServedRecommender(average(members), ids, np.array(["u"]), nobody, nobody, k_max, contents_of(members))
+
+
+def test_kernels_are_standardised_once() -> None:
+    """D16m: a new item is embedded by plain convolutions, which answer as those of Big Transfer do."""
+    image = keras.Input((8, 8, 3), name="image")
+    maps = StandardizedConv2D(4, 3, use_bias=False)(image)
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(maps))
+    encoder = SimpleNamespace(encoder=lambda: model, fingerprint=lambda: "bit")
+    contents = {"picture": Contents(encoder, (IMAGE,), np.eye(3, 4, dtype=np.float32), np.ones(3, bool))}
+    rule = RULES["average"](RULES["average"].Config(), ["popularity"], "candidates")
+    said = SimpleNamespace(items=3)
+    nobody = sparse.csr_matrix((1, 3), dtype=np.float32)
+    core = SimpleNamespace(members=said, rule=rule)
+    module = ServedRecommender(core, np.array(["a", "b", "c"]), np.array(["u"]), nobody, nobody, 3, contents)
+    embed = module.embed["picture"]
+    images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_allclose(embed(image=tf.constant(images))["embedding"], model(images), atol=1e-5)
+    assert "SquaredDifference" not in {operation.type for operation in embed.graph.get_operations()}
 
 
 @dataclass(frozen=True)
