@@ -121,6 +121,14 @@ def test_mirrored_average_of_the_weights_equals_one_device(two_devices: dict[str
     np.testing.assert_allclose(two, one, atol=1e-5, rtol=1 / 255)
 
 
+def test_mirrored_in_half_precision_equals_one_device(two_devices: dict[str, Any]) -> None:
+    """I2, I7: products in bfloat16 on each device, as on one; what they end with differs by what rounding does."""
+    one, two = (np.array(two_devices[f"half_images_{devices}"]) for devices in ("one", "two"))
+    whole = np.array(two_devices["images_two"])
+    assert 0 < np.abs(two - whole).max() < 0.1 * np.abs(whole).max()
+    np.testing.assert_allclose(two, one, atol=2.0**-8 * np.abs(whole).max(), rtol=0)
+
+
 def test_mirrored_with_dropout_and_normalisation_resumes(two_devices: dict[str, Any]) -> None:
     """F10, G5, I2: checkpoints hold the state of every replica, and the average of the weights."""
     np.testing.assert_allclose(two_devices["resumed"], two_devices["whole"], atol=1e-7, rtol=0)
@@ -298,6 +306,8 @@ def _main(directory: Path) -> None:
     images_two, moving_two = _train_images(strategy, directory / "images_two")
     ema_images_one, ema_moving_one = _train_images(None, directory / "ema_images_one", **ema)
     ema_images_two, ema_moving_two = _train_images(strategy, directory / "ema_images_two", **ema)
+    half_images_one, _ = _train_images(None, directory / "half_images_one", precision="mixed_bfloat16")
+    half_images_two, _ = _train_images(strategy, directory / "half_images_two", precision="mixed_bfloat16")
     stepped = {}
     for travel in ("float32", "bfloat16", "float16"):
         step, _ = _train(
@@ -320,6 +330,8 @@ def _main(directory: Path) -> None:
         "resumed": resumed.tolist(),
         "images_one": images_one,
         "images_two": images_two,
+        "half_images_one": half_images_one,
+        "half_images_two": half_images_two,
         "moving_one": moving_one,
         "moving_two": moving_two,
         "ema_images_one": ema_images_one,
