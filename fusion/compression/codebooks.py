@@ -119,7 +119,7 @@ class Codebook(Coder):
 
         bits: int = Field(4, ge=2, le=8)
         """Bits of an index; 2^bits levels. Depthwise convolutions need many: to what it said before, EfficientNet-Lite0
-        keeps a cosine of .35 with 4 bits, .92 with 6, .997 with 8; with evenly spaced levels .36 with 4, .993 with 8."""
+        keeps a cosine of .35 with 4 bits, .92 with 6, .997 with 8; evenly spaced levels .36 with 4, .993 with 8."""
         levels: Literal["kmeans", "quantile", "normal"] = "kmeans"
         """kmeans: with the least squared error; quantile: means of equal shares, as histogram equalisation; normal:
         quantiles of the normal distribution (NF4 of QLoRA), as wide as the squared error is least."""
