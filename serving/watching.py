@@ -6,6 +6,7 @@ kept by a thread of their own, so that no answer waits for them. When that threa
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -129,7 +130,7 @@ def _count(call: _Call) -> None:
     milliseconds = 1000 * call.seconds
     try:
         outputs = call.answer()
-    except CancelledError:
+    except (CancelledError, asyncio.CancelledError):  # of a thread's future, and of an event loop's
         return  # nobody waits for the answer any more
     except ServingError as error:
         if error.http_status >= 500:  # others are the caller's own fault

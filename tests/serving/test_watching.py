@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -86,7 +87,7 @@ def test_only_faults_of_ours_are_errors(served):
 
         return answer
 
-    for error in (InvalidRequest("their fault"), CancelledError()):
+    for error in (InvalidRequest("their fault"), CancelledError(), asyncio.CancelledError()):
         for _ in range(100):
             watched.called(servable, "recommend", {}, fails(error), 0.001)
     inputs, answer = lists(np.random.default_rng(2), 1)
