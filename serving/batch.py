@@ -127,7 +127,8 @@ class Lists:
         request = self._request
         k = self._predictor.limits.k if self._longer else request.k
         exclude, include = [list(request.exclude)] * len(ids), [self._include] * len(ids)
-        answer = self._predictor.predict(self._signature, recommend_inputs(list(ids), None, k, exclude, include))
+        asked = recommend_inputs(list(ids), None, k, exclude, include, self._predictor.limits)
+        answer = self._predictor.predict(self._signature, asked)
         if self._longer:
             return self._rearranged(answer)
         return {name: value if name == "known_user" else value[..., : request.k] for name, value in answer.items()}

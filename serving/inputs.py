@@ -23,8 +23,9 @@ def recommend_inputs(
     k: int,
     exclude: Sequence[Sequence[str]] | None,
     include: Sequence[Sequence[str]] | None,
+    limits: Limits,
 ) -> dict[str, Any]:
-    """The inputs of the signature `recommend` for B users, of lists that may be left out.
+    """The inputs of the signature `recommend` for B users, of lists that may be left out; padding stops at the limits.
 
     Raises InvalidRequest where users and histories are both left out, or lists differ in length.
     """
@@ -38,10 +39,10 @@ def recommend_inputs(
     empty: list[list[str]] = [[]] * rows
     return {
         "user_id": list(user_ids) if user_ids is not None else [""] * rows,
-        "history": pad_strings(histories if histories is not None else empty),
+        "history": pad_strings(histories if histories is not None else empty, limits.history),
         "k": np.full(rows, k, np.int64),
-        "exclude": pad_strings(exclude if exclude is not None else empty),
-        "include": pad_strings(include if include is not None else empty),
+        "exclude": pad_strings(exclude if exclude is not None else empty, limits.exclude),
+        "include": pad_strings(include if include is not None else empty, limits.include),
     }
 
 
@@ -50,26 +51,29 @@ def first_items(answer: Arrays, k: int) -> Arrays:
     return {name: value if name == "known_user" else value[..., :k] for name, value in answer.items()}
 
 
-def pad_strings(lists: Sequence[Sequence[str]]) -> np.ndarray:
+def pad_strings(lists: Sequence[Sequence[str]], most: int) -> np.ndarray:
     """Lists of text as one object array `[B, L]` of UTF-8 bytes, padded with `b''`.
 
-    L is the next power of two (at least 1), so that a serving graph meets few different shapes.
+    L is the next power of two (at least 1), so that a serving graph meets few different shapes; beyond `most`, the
+    limit of such lists, nothing is added.
     """
-    longest = max((len(values) for values in lists), default=0)
-    padded = np.full((len(lists), 1 << max(longest - 1, 0).bit_length()), b"", object)
+    padded = np.full((len(lists), _width(max(map(len, lists), default=0), most)), b"", object)
     for row, values in enumerate(lists):
         padded[row, : len(values)] = [_utf8(value, "the list") for value in values]
     return padded
 
 
-def text_row(values: Sequence[bytes], longest: int) -> np.ndarray:
-    """One list of text as `pad_strings` gives it, of values that are UTF-8 already; padding stops at the limit."""
+def text_row(values: Sequence[bytes], most: int) -> np.ndarray:
+    """One list of text as `pad_strings` gives it, of values that are UTF-8 already."""
     if not values:
         return NO_TEXT
-    padded = 1 << (len(values) - 1).bit_length()
-    row = np.full((1, max(len(values), min(padded, longest))), b"", object)
+    row = np.full((1, _width(len(values), most)), b"", object)
     row[0, : len(values)] = values
     return row
+
+
+def _width(length: int, most: int) -> int:
+    return max(length, min(1 << max(length - 1, 0).bit_length(), most))
 
 
 def signature_of(manifest: Manifest, name: str) -> Signature:

@@ -21,7 +21,6 @@ from serving.graph import check_operations, read_graph
 from serving.graph_session import GraphSession
 from serving.inputs import Arrays as Arrays
 from serving.inputs import check_inputs, first_items, recommend_inputs, signature_of
-from serving.inputs import pad_strings as pad_strings
 from serving.limits import Limits
 
 
@@ -135,7 +134,8 @@ class Predictor:
         Returns `item_ids` `[B, k]` bytes (`b''` beyond the last), `scores` float32 `[B, k]`, `contributions`
         float32 `[B, S, k]` that sum to the scores up to the ensemble's bias, `known_user` bool `[B]`.
         """
-        return first_items(self.predict("recommend", recommend_inputs(user_ids, histories, k, exclude, include)), k)
+        asked = recommend_inputs(user_ids, histories, k, exclude, include, self.limits)
+        return first_items(self.predict("recommend", asked), k)
 
     def similar_items(self, item_ids: Sequence[str], k: int = 10) -> Arrays:
         """The k items most like each of B items, and never the item itself; an unknown item is like nothing.

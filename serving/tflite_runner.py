@@ -113,7 +113,8 @@ class TFLiteRunner:
 
         No user is known here, so that without histories everybody gets what is best for a stranger.
         """
-        return first_items(self.predict(CORE, recommend_inputs(user_ids, histories, k, exclude, include)), k)
+        asked = recommend_inputs(user_ids, histories, k, exclude, include, self.limits)
+        return first_items(self.predict(CORE, asked), k)
 
     def _answer(self, signature: str, row: Arrays) -> Arrays:
         """The answer for one row, B = 1."""

@@ -7,9 +7,9 @@ import pytest
 
 from fusion.export.manifest import TensorSpec
 from serving import errors
-from serving.inputs import check_inputs, text_row
+from serving.inputs import check_inputs, pad_strings, recommend_inputs, text_row
 from serving.limits import Limits
-from serving.predictor import Predictor, pad_strings
+from serving.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,14 @@ def test_a_damaged_artifact_is_refused(artifact, tmp_path):
 
 
 def test_padding_reaches_the_next_power_of_two():
-    assert [pad_strings([["a"] * n]).shape[1] for n in (0, 1, 2, 3, 4, 5, 9)] == [1, 1, 2, 4, 4, 8, 16]
-    assert pad_strings([["ä"], []]).tolist() == [["ä".encode()], [b""]]
+    assert [pad_strings([["a"] * n], 99).shape[1] for n in (0, 1, 2, 3, 4, 5, 9)] == [1, 1, 2, 4, 4, 8, 16]
+    assert pad_strings([["ä"], []], 99).tolist() == [["ä".encode()], [b""]]
+
+
+def test_lists_within_their_limits_are_not_padded_beyond_them():
+    limits = Limits(history=10, exclude=6, include=3)
+    asked = recommend_inputs(["u"], [["a"] * 9], 5, [["b"] * 5], [["c"] * 4], limits)
+    assert [asked[name].shape[1] for name in ("history", "exclude", "include")] == [10, 6, 4]
 
 
 def test_every_error_has_a_grpc_code_and_an_http_status():
