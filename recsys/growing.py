@@ -122,7 +122,7 @@ class GrowingIds(tf.Module):
 
     A lookup may run while ids are learned. The index is therefore one variable, of which a lookup sees the old state or
     the new one; and what it points to counts only where the item has the id that was asked for. A new id may be missed
-    at that moment, but none is ever taken for another one, and those that were known before are found.
+    at that moment, also one that comes again, but none is ever taken for another one, and all others are found.
 
     Args:
         table: ids of the catalogue.

@@ -2,9 +2,9 @@
 
 A worker takes the oldest request and whatever waits beside it that fits into one call of the graph. A lone client is
 therefore answered at once, and the batch grows by itself while the graph is busy. The queue is bounded: what does not
-fit is refused at once with the time after which to come back. Nobody waits for company.
+fit is refused at once with the time after which to come back. Nobody waits for company there.
 
-Calls of the graph that are known to be quick are computed on the event loop that asks (`soon`), without a thread; there
+Calls of the graph that are known to be quick are computed on the event loop that asks (`soon`), without a thread; on it
 a few wait for each other while others keep coming (`serving.gathering`).
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from fusion.export.manifest import Signature
 from serving.errors import DeadlineExceeded, Overloaded, ServingError, Unavailable
-from serving.gathering import ENOUGH, Gathering
+from serving.gathering import Gathering
 from serving.inputs import Arrays
 from serving.limits import check_bounds
 from serving.metrics import METRICS
@@ -44,6 +44,8 @@ FIRST_GUESS_S = 0.05
 """What a batch is assumed to take before one was measured."""
 QUICK_S = 0.002
 """Batches that take less may be computed on an event loop: nobody else on it waits for longer."""
+MOST_KINDS = 64
+"""Of so many signatures with shapes it is known how long they take; those of more are never quick."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self._seconds = FIRST_GUESS_S  # of a batch, smoothed
-        self._seconds_of: dict[str, float] = {}  # by signature
-        self._gathered: dict[str, Gathering[_Entry]] = {}
+        self._seconds_of: dict[tuple[object, ...], float] = {}  # by kind of request (`_key`)
+        self._gathered: dict[tuple[object, ...], Gathering[_Entry]] = {}
         self._threads = [
             threading.Thread(target=self._work, name=f"batch-{name}-{number}", daemon=True)
             for number in range(settings.threads)
@@ -136,32 +138,31 @@ class Batcher:
         return future
 
     def soon(self, signature: str, arrays: Arrays) -> asyncio.Future[Arrays] | None:
-        """Puts one request to those that are computed together on the running event loop, where calls of the signature
-        are known to be quick. None where they are not, and where the queue is full: `submit` it.
+        """Puts one row to those that are computed together on the running event loop, where calls of its kind are known
+        to be quick. None where they are not, and where the queue is full: `submit` it. One loop at a time may ask.
 
         A future that is cancelled while it waits is never computed.
         """
-        quick = self._seconds_of.get(signature, math.inf) < QUICK_S
-        if not quick or self._closed or _rows(arrays) > ENOUGH or self.depth >= self._settings.queue:
-            return None
         loop = asyncio.get_running_loop()
-        gathering = self._gathered.get(signature)
-        if gathering is None or gathering.loop is not loop:
-            gathering = self._gathered[signature] = Gathering(loop, self._compute_here)
         future: asyncio.Future[Arrays] = loop.create_future()
-        gathering.add(self._entry(signature, arrays, None, future))
+        entry = self._entry(signature, arrays, None, future)
+        quick = entry.rows == 1 and self._seconds_of.get(entry.key, math.inf) < QUICK_S
+        if not quick or self._closed or self.depth >= self._settings.queue:
+            return None
+        gathering = self._gathered.get(entry.key)
+        if gathering is None or gathering.loop is not loop:
+            gathering = self._gathered[entry.key] = Gathering(loop, self._compute_here)
+        gathering.add(entry)
         return future
 
     def _entry(self, signature: str, arrays: Arrays, deadline: float | None, future: Any) -> _Entry:
-        key = self._key(signature, arrays)
-        return _Entry(signature, arrays, _rows(arrays), key, deadline, future, time.monotonic())
+        rows = len(next(iter(arrays.values())))
+        return _Entry(signature, arrays, rows, self._key(signature, arrays), deadline, future, time.monotonic())
 
     def _compute_here(self, entries: list[_Entry]) -> None:
-        """On an event loop: those that are alike together."""
-        left = [entry for entry in entries if not entry.future.done()]
-        while left:
-            self._compute([entry for entry in left if entry.key == left[0].key])
-            left = [entry for entry in left if entry.key != left[0].key]
+        """On an event loop."""
+        if left := [entry for entry in entries if not entry.future.done()]:
+            self._compute(left)
 
     def _make_room(self) -> list[_Entry]:
         """Takes out of the queue what nobody waits for any more; returns it."""
@@ -247,8 +248,10 @@ class Batcher:
                 entry.future.set_result(answer)
         seconds = time.monotonic() - started
         self._seconds += 0.1 * (seconds - self._seconds)
-        before = self._seconds_of.get(batch[0].signature, seconds)
-        self._seconds_of[batch[0].signature] = before + 0.1 * (seconds - before)
+        kind = batch[0].key
+        if kind in self._seconds_of or len(self._seconds_of) < MOST_KINDS:
+            before = self._seconds_of.get(kind, seconds)
+            self._seconds_of[kind] = before + 0.1 * (seconds - before)
         METRICS.batch(self._name, rows, seconds, started - batch[0].since)
 
     def _together(self, batch: list[_Entry], rows: int) -> list[Arrays]:
@@ -276,10 +279,6 @@ class Batcher:
                 except Exception as own:
                     error = own
             entry.future.set_exception(_ours(error))
-
-
-def _rows(arrays: Arrays) -> int:
-    return len(next(iter(arrays.values())))
 
 
 def _wanted(entry: _Entry) -> bool:

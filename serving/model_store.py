@@ -142,8 +142,7 @@ class Servable:
     def submit(self, signature: str, arrays: Arrays, deadline: float | None = None) -> Future[Arrays]:
         """Puts checked inputs into the queue (`Predictor.check`, `Batcher.submit`). Raises Forbidden for those that
         change the model."""
-        if signature in (ADD_ITEMS, WITHDRAW_ITEMS):
-            raise Forbidden(f"'{signature}' is for administrators: ask the door of administration (/v1/admin/items).")
+        _check_changes_nothing(signature)
         started = time.monotonic()
         future = self._batcher.submit(signature, arrays, deadline)
         self._watch(future, signature, arrays, started)
@@ -151,6 +150,7 @@ class Servable:
 
     def soon(self, signature: str, arrays: Arrays) -> asyncio.Future[Arrays] | None:
         """As `submit`, on the running event loop, where that is quick; None where it is not (`Batcher.soon`)."""
+        _check_changes_nothing(signature)
         started = time.monotonic()
         future = self._batcher.soon(signature, arrays)
         if future is not None:
@@ -208,6 +208,11 @@ class Servable:
     def close(self) -> None:
         """Answers what waits and ends the threads."""
         self._batcher.close()
+
+
+def _check_changes_nothing(signature: str) -> None:
+    if signature in (ADD_ITEMS, WITHDRAW_ITEMS):
+        raise Forbidden(f"'{signature}' is for administrators: ask the door of administration (/v1/admin/items).")
 
 
 @dataclass(eq=False)

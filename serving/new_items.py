@@ -410,12 +410,17 @@ class NewItems:
         """Gives embedded items their rows, and the catalogue their cells; returns how many got one."""
         inputs: dict[str, Any] = {EMBED + name: vectors for name, vectors in found.vectors.items()}
         inputs[ITEM_ID] = [item[ITEM_ID] for item in items]
+        catalogue = self._recommending.catalogue(servable)
+        renewed = catalogue.with_items(
+            items, found.vectors, found.pictures
+        )  # what fails, fails before the graph has them
         numbers = servable.predictor.predict(ADD_ITEMS, inputs)["number"]
         rows = np.flatnonzero(numbers >= 0).tolist()
-        embeddings = {name: vectors[rows] for name, vectors in found.vectors.items()}
-        pictures = [found.pictures[row] for row in rows]
-        catalogue = self._recommending.catalogue(servable)
-        self._recommending.renew(servable, catalogue.with_items([items[row] for row in rows], embeddings, pictures))
+        if len(rows) < len(items):
+            embeddings = {name: vectors[rows] for name, vectors in found.vectors.items()}
+            pictures = [found.pictures[row] for row in rows]
+            renewed = catalogue.with_items([items[row] for row in rows], embeddings, pictures)
+        self._recommending.renew(servable, renewed)
         self._beside(servable).left -= len(rows)
         return len(rows)
 

@@ -10,9 +10,8 @@ import pytest
 
 from fusion.export.manifest import Signature, TensorSpec
 from serving import batching
-from serving.batching import Batcher, BatchSettings
+from serving.batching import ALIKE, Batcher, BatchSettings
 from serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError, Unavailable
-from serving.gathering import ENOUGH
 
 TEXTS = TensorSpec("string", (None, None))
 SIGNATURES = {
@@ -188,28 +187,29 @@ def test_closing_answers_what_waits_and_ends_the_threads(make, graph):
         batcher.submit("count", request([b"a"]))
 
 
-def known_as_quick(batcher, k=0):
+def known_as_quick(batcher, width=1):
     for _ in range(3):
-        batcher.submit("count", request([b"a"], k=k)).result(5)
+        batcher.submit("count", request([b"a"] * width)).result(5)
 
 
 def test_quick_requests_are_computed_on_the_loop(make, graph):
-    """Only where the calls are known to be quick; each gets its own answer or error, and whoever left none."""
+    """Only of kinds that are known to be quick; each gets its own answer or error, and whoever left none."""
     batcher = make()
 
     async def asked():
         assert batcher.soon("count", request([b"a"])) is None  # nothing is known yet
         known_as_quick(batcher)
+        assert batcher.soon("count", request([b"a"] * (ALIKE + 1))) is None  # of wide ones
+        known_as_quick(batcher, ALIKE + 1)
         del graph.calls[:]
-        futures = [
-            batcher.soon("count", request([b"a"] * n, k=k)) for n, k in ((1, 0), (2, 13), (3, 5), (4, 0), (20, 0))
-        ]
+        given = ((1, 0), (2, 13), (3, 5), (4, 0), (ALIKE + 1, 0))
+        futures = [batcher.soon("count", request([b"a"] * n, k=k)) for n, k in given]
         futures[3].cancel()
         assert batcher.depth == 5
         return await asyncio.gather(*futures, return_exceptions=True)
 
     one, spoilt, three, gone, wide = asyncio.run(asked())
-    assert [answer["n"].tolist() for answer in (one, three, wide)] == [[1], [8], [20]]
+    assert [answer["n"].tolist() for answer in (one, three, wide)] == [[1], [8], [ALIKE + 1]]
     assert isinstance(spoilt, InvalidRequest) and isinstance(gone, asyncio.CancelledError)
     assert [rows for _, rows in graph.calls] == [3, 1, 1, 1, 1]  # what 13 spoils is computed one by one; the wide one
     assert batcher.depth == 0
@@ -227,13 +227,27 @@ def test_what_is_not_quick_goes_to_the_thread(make, graph, monkeypatch):
         return await taken([b"a"])
 
     assert asyncio.run(taken([b"a"]))
-    assert not asyncio.run(taken(*[[b"a"]] * (ENOUGH + 1)))
+    assert not asyncio.run(taken([b"a"], [b"a"]))
     assert not asyncio.run(taken_beside_another())
     monkeypatch.setattr(batching, "QUICK_S", 0.0)
     assert not asyncio.run(taken([b"a"]))
     monkeypatch.undo()
+    assert asyncio.run(taken([b"a"]))
     batcher.close()
     assert not asyncio.run(taken([b"a"]))
+
+
+def test_kinds_whose_time_is_known_are_bounded(make, monkeypatch):
+    """Shapes are the caller's choice; they must not fill the memory."""
+    monkeypatch.setattr(batching, "MOST_KINDS", 2)
+    batcher = make()
+    for width in (1, ALIKE + 1, 2 * ALIKE + 1):
+        known_as_quick(batcher, width)
+
+    async def taken(width):
+        return batcher.soon("count", request([b"a"] * width)) is not None
+
+    assert [asyncio.run(taken(width)) for width in (1, ALIKE + 1, 2 * ALIKE + 1)] == [True, True, False]
 
 
 def test_settings_below_one_are_refused():
