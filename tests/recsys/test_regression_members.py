@@ -258,7 +258,6 @@ def peak_memory(anew: bool = False) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a peak anew")
 @pytest.mark.parametrize("settings", [{"kind": "ease"}, {"kind": "slim"}], ids=["EASE", "SLIM"])
 def test_a_catalogue_of_forty_thousand(settings: dict[str, Any], tmp_path: Path) -> None:
     """Within 2 GB, and it finds what was held out of users' histories: far more than the most popular items do."""
