@@ -410,7 +410,8 @@ def measure_fast(artifact: Path, rounds: int = 300, users: int = 100) -> dict[st
             f"the artifact must have the signature {FAST}; {artifact} has not. Name a recipe with a student in "
             "export.fast and export it again."
         )
-    vectors = loaded.student.item_table._values.numpy()  # of a loaded module, only variables have names
+    # Of a loaded module, only variables have names. Beyond the items that it was taught, the bias is -inf.
+    vectors = loaded.student_items.numpy().T[np.isfinite(loaded.student_bias.numpy())]
     k = loaded.signatures[FAST].structured_outputs["scores"].shape[1]
     ids = pd.read_parquet(artifact / "users.parquet")[USER_ID].to_numpy()
     chosen = np.random.default_rng(0).permutation(ids)[:users]

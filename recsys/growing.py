@@ -98,8 +98,9 @@ class GrowingCore(RankingCore):
         return self.offered(tf.ensure_shape(padded, [None, self.members.items]))
 
     def offered(self, scores: tf.Tensor) -> tf.Tensor:
-        """Scores `[B, I + N]` with -inf for items that are withdrawn."""
-        return scores + self.withdrawn
+        """Scores `[..., I + N]`, or more columns, with -inf for items that are withdrawn."""
+        more = scores.shape[-1] - self.withdrawn.shape[0]
+        return scores + (tf.pad(self.withdrawn, [[0, more]]) if more else self.withdrawn)
 
     def is_withdrawn(self, numbers: tf.Tensor) -> tf.Tensor:
         """Of items by number (-1 is none): bool, of the same shape."""

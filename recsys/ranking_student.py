@@ -35,7 +35,7 @@ from recsys.collaborative.base import Decay, Member, constant
 from recsys.collaborative.tables import Table
 from recsys.core import HISTORY_SPEC, RankingCore
 from recsys.evaluation import SingleScorer, blocks, history_rows
-from recsys.retrieval import top_k
+from recsys.retrieval import pad_items, top_k
 
 START = 0.4
 """Length of the vectors that training begins with."""
@@ -135,6 +135,14 @@ class StudentScorer(tf.Module):
     def scores(self, user: tf.Tensor) -> tf.Tensor:
         """Scores `[B, I]` for user vectors `[B, D]`."""
         return tf.nn.bias_add(self.item_table.dot(user), self.bias)
+
+    def columns(self, items: int) -> tuple[np.ndarray, np.ndarray]:
+        """The item vectors `[D, W]` and biases `[W]` for a table of so many items or a few more, wherever products are
+        fast: vectors as columns (`pad_items`), and -inf where there is no item that it was taught."""
+        taught, dimensions = self.item_table.shape
+        vectors = pad_items(np.concatenate([self.item_table.numpy(), np.zeros((items - taught, dimensions))]))
+        beyond = vectors.shape[1] - taught
+        return vectors, np.pad(self.bias.numpy(), (0, beyond), constant_values=-np.inf)
 
     def users(self, histories: sparse.csr_matrix) -> np.ndarray:
         """The vectors of stored histories `[U, I]`, and last that of an empty one: float32 `[U + 1, D]`."""

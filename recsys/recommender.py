@@ -78,7 +78,6 @@ class ServedRecommender(tf.Module):
     ) -> None:
         super().__init__()
         self.core = core
-        self.student = student
         self.items = core.members.items
         self.spare = self.items - len(item_ids)
         self.k_max = k_max
@@ -156,6 +155,10 @@ class ServedRecommender(tf.Module):
         """
         # Of a known user who brings nothing new, the vector need not be made again.
         self.student_users = constant(student.users(stored), tf.float32, "student_users")
+        self.student_history = student.history_table
+        vectors, bias = student.columns(self.items)
+        self.student_items = constant(vectors, tf.float32, "student_items")
+        self.student_bias = constant(bias, tf.float32, "student_bias")
 
         @tf.function(input_signature=[*WHO, *WHAT])
         def recommend_fast(
@@ -168,9 +171,8 @@ class ServedRecommender(tf.Module):
                 lambda: student.user(self._joined(user, taught)),
                 lambda: tf.gather(self.student_users, tf.where(user < 0, self.history.unknown, user)),
             )
-            scores = student.scores(vectors)
-            if self.spare:
-                scores = self._offered(tf.pad(scores, [[0, 0], [0, self.spare]], constant_values=-np.inf))
+            bias = self._offered(self.student_bias)
+            scores = tf.nn.bias_add(tf.matmul(vectors, self.student_items), bias)
             answer = self._best(self._open(user, given, scores, exclude, include), k)
             return {**answer, "contributions": answer["scores"][:, None], "known_user": user >= 0}
 
@@ -265,7 +267,7 @@ class ServedRecommender(tf.Module):
         return withdraw.get_concrete_function()
 
     def _offered(self, scores: tf.Tensor) -> tf.Tensor:
-        """Scores `[B, I]` with -inf for items that are withdrawn, where there can be such."""
+        """Scores `[..., I]`, or more columns, with -inf for items that are withdrawn, where there can be such."""
         return self.core.offered(scores) if isinstance(self.core, GrowingCore) else scores
 
     def _asked(self, user_id: tf.Tensor, history: tf.Tensor) -> _Asked:
@@ -293,7 +295,7 @@ class ServedRecommender(tf.Module):
     def _open(
         self, user: tf.Tensor, given: tf.Tensor, scores: tf.Tensor, exclude: tf.Tensor, include: tf.Tensor
     ) -> tf.Tensor:
-        """Scores `[B, I]` with -inf for items that have been seen, that the request brings or excludes, and that it
+        """Scores `[B, W]` with -inf for items that have been seen, that the request brings or excludes, and that it
         does not include."""
         hidden = tf.concat([self.seen(user), given, self.item_table.lookup(exclude)], axis=1)
         places = tf.where(hidden >= 0)
@@ -302,7 +304,7 @@ class ServedRecommender(tf.Module):
 
         def narrowed() -> tf.Tensor:
             free = tf.reduce_all(include == "", axis=1, keepdims=True)
-            return tf.where(self._marked(self.item_table.lookup(include)) | free, scores, -np.inf)
+            return tf.where(self._marked(self.item_table.lookup(include), scores.shape[1]) | free, scores, -np.inf)
 
         return tf.cond(tf.reduce_any(include != ""), narrowed, lambda: scores)
 
@@ -316,7 +318,7 @@ class ServedRecommender(tf.Module):
         number = self.item_table.lookup(item_id)[:, None]
         said = self.core.said(number, personal=True)
         fused = self.core.fused(said)
-        return self._explained(tf.where(self._marked(number), -np.inf, fused), said, k)
+        return self._explained(tf.where(self._marked(number, self.items), -np.inf, fused), said, k)
 
     def _search_function(self, embed: Any, table: tf.Variable, silent: tf.Variable) -> Any:
         """`search_<name>`: an example, given as the encoder's named inputs, -> the k items nearest to it by the cosine
@@ -335,22 +337,23 @@ class ServedRecommender(tf.Module):
     def _once(self, numbers: tf.Tensor) -> tf.Tensor:
         """`[B, L]` with each number kept where it stands last and -1 elsewhere."""
         batch, length = tf.unstack(tf.shape(numbers))
-        cells = self._cells(numbers)
+        cells = self._cells(numbers, self.items)
         places = tf.broadcast_to(tf.range(length)[None], [batch, length])
         last = tf.tensor_scatter_nd_max(tf.fill([batch, self.items + 1], -1), cells, places)
         return tf.where(tf.gather_nd(last, cells) == places, numbers, PADDING)
 
-    def _cells(self, numbers: tf.Tensor) -> tf.Tensor:
-        """`[B, N, 2]`: row and column of each number in a matrix `[B, I + 1]`; -1 has the last column."""
-        columns = tf.where(numbers < 0, self.items, numbers)
+    @staticmethod
+    def _cells(numbers: tf.Tensor, width: int) -> tf.Tensor:
+        """`[B, N, 2]`: row and column of each number in a matrix `[B, width + 1]`; -1 has the last column."""
+        columns = tf.where(numbers < 0, width, numbers)
         rows = tf.broadcast_to(tf.range(tf.shape(columns)[0])[:, None], tf.shape(columns))
         return tf.stack([rows, columns], axis=-1)
 
-    def _marked(self, numbers: tf.Tensor) -> tf.Tensor:
-        """bool `[B, I]`: which items stand in `numbers` `[B, N]` (-1 is none)."""
-        shape = tf.stack([tf.shape(numbers)[0], self.items + 1])
-        counts = tf.scatter_nd(self._cells(numbers), tf.ones_like(numbers), shape)
-        return counts[:, : self.items] > 0
+    def _marked(self, numbers: tf.Tensor, width: int) -> tf.Tensor:
+        """bool `[B, width]`: which items stand in `numbers` `[B, N]` (-1 is none); there are `width` or fewer."""
+        shape = tf.stack([tf.shape(numbers)[0], width + 1])
+        counts = tf.scatter_nd(self._cells(numbers, width), tf.ones_like(numbers), shape)
+        return counts[:, :width] > 0
 
     def _explained(self, scores: tf.Tensor, said: Said, k: tf.Tensor) -> dict[str, tf.Tensor]:
         """`_best` with each member's contribution to the returned items, 0 where there is none."""

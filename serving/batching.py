@@ -45,7 +45,7 @@ FIRST_GUESS_S = 0.05
 QUICK_S = 0.002
 """Batches that take less may be computed on an event loop: nobody else on it waits for longer."""
 MOST_KINDS = 64
-"""Of so many signatures with shapes it is known how long they take; those of more are never quick."""
+"""Of so many signatures with shapes it is known how long they take: the latest ones."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self._seconds = FIRST_GUESS_S  # of a batch, smoothed
-        self._seconds_of: dict[tuple[object, ...], float] = {}  # by kind of request (`_key`)
+        self._kinds = threading.Lock()
+        self._seconds_of: dict[tuple[object, ...], float] = {}  # by kind of request (`_key`), the latest last
         self._gathered: dict[tuple[object, ...], Gathering[_Entry]] = {}
         self._threads = [
             threading.Thread(target=self._work, name=f"batch-{name}-{number}", daemon=True)
@@ -151,7 +152,7 @@ class Batcher:
             return None
         gathering = self._gathered.get(entry.key)
         if gathering is None or gathering.loop is not loop:
-            gathering = self._gathered[entry.key] = Gathering(loop, self._compute_here)
+            gathering = self._gathered[entry.key] = Gathering(loop, self._compute_here, self._settings.max_rows)
         gathering.add(entry)
         return future
 
@@ -161,8 +162,9 @@ class Batcher:
 
     def _compute_here(self, entries: list[_Entry]) -> None:
         """On an event loop."""
-        if left := [entry for entry in entries if not entry.future.done()]:
-            self._compute(left)
+        left = [entry for entry in entries if not entry.future.done()]
+        for start in range(0, len(left), self._settings.max_rows):  # each has one row
+            self._compute(left[start : start + self._settings.max_rows])
 
     def _make_room(self) -> list[_Entry]:
         """Takes out of the queue what nobody waits for any more; returns it."""
@@ -246,13 +248,18 @@ class Batcher:
         else:
             for entry, answer in zip(batch, answers, strict=True):
                 entry.future.set_result(answer)
+            self._took(batch[0].key, time.monotonic() - started)  # what is refused says nothing of what is answered
         seconds = time.monotonic() - started
         self._seconds += 0.1 * (seconds - self._seconds)
-        kind = batch[0].key
-        if kind in self._seconds_of or len(self._seconds_of) < MOST_KINDS:
-            before = self._seconds_of.get(kind, seconds)
-            self._seconds_of[kind] = before + 0.1 * (seconds - before)
         METRICS.batch(self._name, rows, seconds, started - batch[0].since)
+
+    def _took(self, kind: tuple[object, ...], seconds: float) -> None:
+        """Remembers how long a batch of one kind took."""
+        with self._kinds:
+            before = self._seconds_of.pop(kind, seconds)
+            self._seconds_of[kind] = before + 0.1 * (seconds - before)  # behind those that came earlier
+            if len(self._seconds_of) > MOST_KINDS:
+                del self._seconds_of[next(iter(self._seconds_of))]
 
     def _together(self, batch: list[_Entry], rows: int) -> list[Arrays]:
         first = batch[0]

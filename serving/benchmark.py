@@ -1,8 +1,9 @@
 """How fast a served recommender answers: beside a bare echo of the same messages by the same kind of server, and beside
 a loop over the same graph in one process. They take turns in one run, so that a busy machine slows all of them alike.
 
-The load comes from a process of its own: so many clients, each with one call under way, all on one event loop, of
-requests that are made in advance and answers that are counted and not parsed. Everything is on the loopback.
+The load comes from a process of its own: so many clients, each with a connection of its own and one call under way,
+all on one event loop, of requests made in advance and answers that are counted and not parsed. Everything is on the
+loopback.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ REQUESTS = 512
 """Different requests, of so many users."""
 START_S = 180.0
 """The longest that a process may take to be ready."""
+OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+"""Otherwise all channels of a process to one address share a connection, and so one worker."""
 OURS, ECHO, LOOP = "ours", "echo", "in-process loop"
 
 
@@ -51,7 +54,7 @@ def measure_serving(
         seconds: of load for each of the two servers, in all.
         rounds: turns that these are cut into.
         k: items of a list.
-        workers: processes of our server.
+        workers: processes of each of the two servers, which share its port.
         profile: that is asked for; the loop always asks the whole ensemble.
 
     Returns for `ours` and `echo` `calls_per_s` (median of the rounds), `p50_ms`, `p95_ms`, `p99_ms`, `calls`, `failed`;
@@ -68,7 +71,7 @@ def measure_serving(
     found: dict[str, list[_Load]] = {OURS: [], ECHO: []}
     loops = []
     predictor = Predictor.load(artifact)
-    with _process(_serve, str(artifact), workers) as port, _process(_echo, _answer(port, asked[0])) as echo_port:
+    with _process(_serve, str(artifact), workers) as port, _echoes(_answer(port, asked[0]), workers) as echo_port:
         ports = {OURS: port, ECHO: echo_port}
         for name in ports:
             _loaded(ports[name], asked, clients, min(turn, 2.0))  # connections and caches
@@ -175,7 +178,17 @@ def _serve(artifact: str, workers: int, pipe: Connection) -> None:
     serve(settings, lambda facts: pipe.send(facts["ports"]["grpc"]))
 
 
-def _echo(answer: bytes, pipe: Connection) -> None:
+@contextmanager
+def _echoes(answer: bytes, workers: int) -> Iterator[int]:
+    """The port of so many processes of `_echo`."""
+    with ExitStack() as processes:
+        port = 0
+        for _ in range(workers):
+            port = processes.enter_context(_process(_echo, answer, port))
+        yield port
+
+
+def _echo(answer: bytes, port: int, pipe: Connection) -> None:
     """A server of the same kind that answers every question with the same bytes."""
 
     async def echoed(data: bytes, context: Any) -> bytes:
@@ -186,7 +199,7 @@ def _echo(answer: bytes, pipe: Connection) -> None:
         service, _, method = wire.RECOMMEND.strip("/").partition("/")
         handler = grpc.unary_unary_rpc_method_handler(echoed)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        pipe.send(server.add_insecure_port("127.0.0.1:0"))
+        pipe.send(server.add_insecure_port(f"127.0.0.1:{port}"))  # grpcio lets processes share a port
         await server.start()
         await server.wait_for_termination()
 
@@ -216,12 +229,13 @@ def _ask(port: int, asked: Sequence[bytes], clients: int, seconds: float, pipe: 
 async def _all_clients(port: int, asked: Sequence[bytes], clients: int, seconds: float) -> tuple[bytes, int, float]:
     latencies: list[float] = []
     failed = 0
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_unary(wire.RECOMMEND)
+    async with AsyncExitStack() as channels:
         started = time.perf_counter()
 
         async def client(place: int) -> None:
             nonlocal failed
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", OWN_CONNECTION)
+            call = (await channels.enter_async_context(channel)).unary_unary(wire.RECOMMEND)
             while (before := time.perf_counter()) - started < seconds:
                 try:
                     await call(asked[place % len(asked)], timeout=30)

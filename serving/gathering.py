@@ -35,11 +35,15 @@ class Gathering(Generic[Request]):
     Args:
         loop: computes.
         compute: answers requests.
+        most: that are waited for, if that is less than `ENOUGH`. More may come at a moment.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, compute: Callable[[list[Request]], None]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, compute: Callable[[list[Request]], None], most: int = ENOUGH
+    ) -> None:
         self.loop = loop
         self._compute = compute
+        self._enough = min(most, ENOUGH)
         self._requests: list[Request] = []
         self._latest = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -65,7 +69,7 @@ class Gathering(Generic[Request]):
         if self._trial:
             self._pause = self._calm = 1
         self._calm -= 1
-        self._trial = self._calm <= 0 and self._wanted < ENOUGH
+        self._trial = self._calm <= 0 and self._wanted < self._enough
         self._wanted += self._trial
         self._computed()
 

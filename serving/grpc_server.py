@@ -43,6 +43,7 @@ from fusion.export.manifest import Signature
 from serving.client import wire
 from serving.errors import DeadlineExceeded, Forbidden, InvalidRequest, Overloaded, ServingError
 from serving.inputs import Arrays
+from serving.members import gone_round
 from serving.messages import BEST, ItemList, RecommendRequest, SimilarRequest
 from serving.metrics import METRICS
 from serving.model_config import model_configs
@@ -62,6 +63,8 @@ HEALTH = "grpc.health.v1.Health"
 SERVICES = (PREDICTION, MODELS, wire.RECOMMENDATION_SERVICE, HEALTH, reflection.SERVICE_NAME)
 CLASSIFY, REGRESS = "tensorflow/serving/classify", "tensorflow/serving/regress"
 SIGNATURE_DEF = "signature_def"
+LARGE = 64 * 1024
+"""Bytes of a message that the event loop reads or writes itself; the work of more would keep other callers waiting."""
 WATCH_S = 0.5
 """How soon whoever watches the health of the server hears of a change."""
 
@@ -124,6 +127,7 @@ class GrpcDoor:
                 ("grpc.so_reuseport", int(shared_port)),
                 ("grpc.max_metadata_size", 16 * 1024),
             ],
+            maximum_concurrent_rpcs=self._settings.calls,
         )
         server.add_generic_rpc_handlers(self._handlers())
         descriptor_pool.Default().AddSerializedFile(wire.POOL.FindFileByName(wire.RECOMMENDATION_FILE).serialized_pb)
@@ -192,8 +196,9 @@ class GrpcDoor:
 
         To read or to send fails on a call that its caller has left, and each failure loses 80 to 160 bytes for ever in
         grpcio (github.com/grpc/grpc/issues/43360, open at 1.85): 3 MB a minute by three callers with deadlines of 1 ms.
-        So nothing is read or sent once the caller's own deadline has passed; and calls are registered as streams, the
-        same on the wire, because of any other kind grpcio reads the request before it asks us.
+        So nothing is read or sent once the caller's own deadline has passed. A read that our own limit breaks off loses
+        9 kB; without it, callers who never send anything would hold their places for ever. Calls are registered as
+        streams, the same on the wire, because of any other kind grpcio reads the request before it asks us.
         """
         left, started = context.time_remaining(), time.monotonic()
         allowed = self._settings.timeout_s if left is None else min(left, self._settings.timeout_s)
@@ -201,8 +206,9 @@ class GrpcDoor:
         try:
             if left == 0:
                 raise TimeoutError
-            data = await _request(context)  # without our limit: a read that we break off leaves 9 kB behind
             async with asyncio.timeout_at(call.deadline):
+                data = await _request(context)
+                call.size = len(data)
                 return await answer(data, call)
         except asyncio.CancelledError:
             status = "DEADLINE_EXCEEDED" if call.late else "CANCELLED"
@@ -215,18 +221,33 @@ class GrpcDoor:
         finally:
             METRICS.request(call.model, method, "GRPC", status, time.monotonic() - started)
 
-    async def _result(self, call: _Call, servable: Servable, signature: str, inputs: Mapping[str, Any]) -> Arrays:
-        return await self._computed(servable, signature, servable.predictor.check(signature, inputs), call.deadline)
+    async def _read(self, call: _Call, kind: Any, data: bytes) -> Any:
+        """The message of a request."""
+        return await self._aside(call.size, lambda: _parsed(kind, data))
+
+    async def _result(
+        self, call: _Call, servable: Servable, signature: str, inputs: Callable[[], Mapping[str, Any]]
+    ) -> Arrays:
+        """What a signature answers for the inputs that `inputs` makes of the request."""
+        predictor = servable.predictor
+        arrays = await self._aside(call.size, lambda: predictor.check(signature, inputs()))
+        here = not gone_round(predictor.manifest, signature)
+        return await self._computed(servable, signature, arrays, call.deadline, here)
+
+    async def _aside(self, size: int, work: Callable[[], Any]) -> Any:
+        """What `work` makes of so many bytes; many are worked on in a thread."""
+        return work() if size <= LARGE else await self._in_pool(lambda _: work(), None)
 
     async def _computed(
-        self, servable: Servable, signature: str, arrays: Arrays, deadline: float | None, here: bool = True
+        self, servable: Servable, signature: str, arrays: Arrays, deadline: float | None, here: bool
     ) -> Arrays:
         """What a signature answers: quick ones on this loop, others in the thread of their batches."""
         quick = servable.soon(signature, arrays) if here else None
         if quick is not None:
             return await quick
-        answer: Arrays = await self._completions.result(servable.submit(signature, arrays, deadline))
-        return answer
+        async with asyncio.timeout_at(deadline):
+            answer: Arrays = await self._completions.result(servable.submit(signature, arrays, deadline))
+            return answer
 
     @contextmanager
     def _leased(self, call: _Call, spec: Any) -> Iterator[Servable]:
@@ -238,22 +259,22 @@ class GrpcDoor:
     # ---- PredictionService ---------------------------------------------------------------------------------------
 
     async def _predict(self, data: bytes, call: _Call) -> bytes:
-        request = _parsed(predict_pb2.PredictRequest, data)
+        request = await self._read(call, predict_pb2.PredictRequest, data)
         signature = request.model_spec.signature_name or SERVING_DEFAULT
         with self._leased(call, request.model_spec) as servable:
             specs = servable.predictor.signature(signature)
-            inputs = _inputs(request.inputs, specs)
             names = _outputs(request.output_filter, specs)
-            answer = await self._result(call, servable, signature, inputs)
-            spec = _answered_by(servable, signature)
-        return predict_response(spec.SerializeToString(), {name: answer[name] for name in names})
+            answer = await self._result(call, servable, signature, lambda: _inputs(request.inputs, specs))
+            spec = _answered_by(servable, signature).SerializeToString()
+        chosen = {name: answer[name] for name in names}
+        return bytes(await self._aside(_size(chosen), lambda: predict_response(spec, chosen)))
 
     async def _classify(self, data: bytes, call: _Call) -> bytes:
-        request = _parsed(classification_pb2.ClassificationRequest, data)
+        request = await self._read(call, classification_pb2.ClassificationRequest, data)
         return await self._inference(call, request, classified, classification_pb2.ClassificationResponse)
 
     async def _regress(self, data: bytes, call: _Call) -> bytes:
-        request = _parsed(regression_pb2.RegressionRequest, data)
+        request = await self._read(call, regression_pb2.RegressionRequest, data)
         return await self._inference(call, request, regressed, regression_pb2.RegressionResponse)
 
     async def _inference(self, call: _Call, request: Any, read: _Reader, response: Callable[..., Message]) -> bytes:
@@ -267,7 +288,7 @@ class GrpcDoor:
 
     async def _multi_inference(self, data: bytes, call: _Call) -> bytes:
         """Several signatures of one version on the same examples."""
-        request = _parsed(inference_pb2.MultiInferenceRequest, data)
+        request = await self._read(call, inference_pb2.MultiInferenceRequest, data)
         if not request.tasks or len({_named(task.model_spec) for task in request.tasks}) > 1:
             raise InvalidRequest(
                 "all tasks of a MultiInferenceRequest must name the same model; received none or several."
@@ -294,8 +315,9 @@ class GrpcDoor:
         signature = spec.signature_name or SERVING_DEFAULT
         specs = servable.predictor.signature(signature)
         shaper = read(servable.folder, specs)  # refuses a signature that does not fit before anything is computed
-        inputs = example_inputs(given, specs, servable.predictor.limits)
-        return shaper(await self._result(call, servable, signature, inputs))
+        limits = servable.predictor.limits
+        answer = await self._result(call, servable, signature, lambda: example_inputs(given, specs, limits))
+        return await self._aside(_size(answer), lambda: shaper(answer))
 
     async def _metadata(self, data: bytes, call: _Call) -> bytes:
         request = _parsed(get_model_metadata_pb2.GetModelMetadataRequest, data)
@@ -341,30 +363,14 @@ class GrpcDoor:
     # ---- our own service -----------------------------------------------------------------------------------------
 
     async def _recommend(self, data: bytes, call: _Call) -> bytes:
-        given = _parsed(wire.RecommendRequest, data)
-        filters: dict[str, tuple[str, ...]] = {}
-        for entry in given.filters:
-            filters[entry.column] = (*filters.get(entry.column, ()), *entry.values)
-        request = RecommendRequest(
-            user_id=given.user_id,
-            history=tuple(given.history),
-            k=given.k,
-            exclude=tuple(given.exclude),
-            include=tuple(given.include),
-            filters=filters,
-            diversity=given.diversity,
-            profile=given.profile or BEST,
-            weights={weight.member: weight.factor for weight in given.weights},
-            timeout_ms=call.left_ms,
-            model=given.model_name,
-            version=given.version or None,
-            label=given.version_label,
-        )
+        request = await self._aside(call.size, lambda: _recommend_request(data, call.left_ms))
+        self._about(call, request.model)
         answer = await self._recommending.recommend_soon(request, self._computed, self._in_pool)
         return _list_bytes(call, answer)
 
     async def _similar(self, data: bytes, call: _Call) -> bytes:
         given = _parsed(wire.SimilarRequest, data)
+        self._about(call, given.model_name)
         request = SimilarRequest(
             item_id=given.item_id,
             k=given.k,
@@ -374,6 +380,11 @@ class GrpcDoor:
         )
         return _list_bytes(call, await self._in_pool(self._recommending.similar, request))
 
+    def _about(self, call: _Call, name: str) -> None:
+        """Counts a call, also one that fails, under the model that it names, or under the only one."""
+        names = self._store.names()
+        call.model = name if name in names else names[0] if not name and len(names) == 1 else ""
+
     async def _in_pool(self, function: Callable[[Any], Any], request: Any) -> Any:
         """What `function` answers, called in a thread."""
         if not self._places.acquire(blocking=False):
@@ -381,7 +392,11 @@ class GrpcDoor:
                 f"the queue of recommendations is full: {self._settings.queue} requests wait; come back in 1 s.",
                 retry_after=1.0,
             )
-        future = self._pool.submit(function, request)
+        try:
+            future = self._pool.submit(function, request)
+        except RuntimeError as error:  # no thread is left, or the door is closing
+            self._places.release()
+            raise Overloaded("the server has no thread for this call; come back in 1 s.", retry_after=1.0) from error
         future.add_done_callback(lambda _: self._places.release())
         return await self._completions.result(future)
 
@@ -422,12 +437,14 @@ class _Call:
         deadline: `time.monotonic()` until which it must be answered.
         given: whether the deadline is the caller's own.
         model: the name of the model, once it is known to be one that is served.
+        size: bytes of the request.
     """
 
     context: Any
     deadline: float
     given: bool
     model: str = ""
+    size: int = 0
 
     @property
     def authorization(self) -> str | None:
@@ -530,6 +547,32 @@ def _outputs(wanted: Sequence[str], specs: Signature) -> Sequence[str]:
     if len(set(wanted)) != len(wanted):
         raise InvalidRequest("duplicate output tensor alias in the output_filter.")
     return wanted or list(specs.outputs)
+
+
+def _size(outputs: Arrays) -> int:
+    return sum(array.nbytes for array in outputs.values())
+
+
+def _recommend_request(data: bytes, left_ms: float | None) -> RecommendRequest:
+    given = _parsed(wire.RecommendRequest, data)
+    filters: dict[str, tuple[str, ...]] = {}
+    for entry in given.filters:
+        filters[entry.column] = (*filters.get(entry.column, ()), *entry.values)
+    return RecommendRequest(
+        user_id=given.user_id,
+        history=tuple(given.history),
+        k=given.k,
+        exclude=tuple(given.exclude),
+        include=tuple(given.include),
+        filters=filters,
+        diversity=given.diversity,
+        profile=given.profile or BEST,
+        weights={weight.member: weight.factor for weight in given.weights},
+        timeout_ms=left_ms,
+        model=given.model_name,
+        version=given.version or None,
+        label=given.version_label,
+    )
 
 
 def _list_bytes(call: _Call, answer: ItemList) -> bytes:

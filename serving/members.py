@@ -43,6 +43,11 @@ def asked_apart(manifest: Manifest) -> bool:
     return FUSE in manifest.signatures and all(PREFIX + name in manifest.signatures for name in manifest.members)
 
 
+def gone_round(manifest: Manifest, signature: str) -> bool:
+    """Whether a signature is one that others stand in for where it fails or hangs."""
+    return asked_apart(manifest) and (signature in ("recommend", FUSE) or signature.startswith(PREFIX))
+
+
 class Breaker:
     """Keeps callers from what keeps failing (circuit breaker, M. Nygard, Release It!, 2007).
 

@@ -8,7 +8,6 @@ before a pause.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
@@ -59,8 +58,8 @@ Answer = TypeVar("Answer")
 
 
 class Compute(Protocol):
-    """Computes checked inputs for somebody on an event loop, and gives up when it is cancelled. `here` allows the loop
-    itself for quick ones, which it could not leave if they hung."""
+    """Computes checked inputs for somebody on an event loop. Gives up at the deadline, with a TimeoutError, and when it
+    is cancelled. `here` allows the loop itself for quick ones, which it could not leave if they hung."""
 
     async def __call__(
         self, servable: Servable, signature: str, arrays: Arrays, deadline: float | None, /, here: bool
@@ -193,13 +192,9 @@ class Recommending:
                 return await in_thread(lambda held: _list(held, *self._answered(held)), asked)
             failure = None
             if self._whole(asked):
+                alone = asked.members is None  # there is no way round the signature
                 try:
-                    # Where there is no way round the signature, whoever called ends it.
-                    alone = asked.members is None
-                    async with asyncio.timeout_at(None if alone else asked.deadline):
-                        answer = await compute(
-                            asked.servable, asked.signature, asked.inputs, asked.deadline, here=alone
-                        )
+                    answer = await compute(asked.servable, asked.signature, asked.inputs, asked.deadline, here=alone)
                 except TimeoutError:
                     failure = _borne(asked, DeadlineExceeded("the deadline passed before the model answered."))
                 except ServingError as error:

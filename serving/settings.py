@@ -25,12 +25,14 @@ class GrpcSettings:
     Attributes:
         max_message_bytes: of one request or answer.
         timeout_s: the longest that a call may take, also for callers that give no deadline.
-        threads: calls of `Recommend` and `Similar` that are answered at once.
+        calls: under way at once; more are refused. Each may hold one request.
+        threads: calls with long lists, filters or many bytes that are worked on at once.
         queue: such calls that may wait for a thread.
     """
 
     max_message_bytes: int = 64 * 2**20
     timeout_s: float = 60.0
+    calls: int = 1000
     threads: int = 16
     queue: int = 256
 

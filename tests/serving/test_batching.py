@@ -238,7 +238,7 @@ def test_what_is_not_quick_goes_to_the_thread(make, graph, monkeypatch):
 
 
 def test_kinds_whose_time_is_known_are_bounded(make, monkeypatch):
-    """Shapes are the caller's choice; they must not fill the memory."""
+    """Shapes are the caller's choice; they must neither fill the memory nor keep what comes later from being known."""
     monkeypatch.setattr(batching, "MOST_KINDS", 2)
     batcher = make()
     for width in (1, ALIKE + 1, 2 * ALIKE + 1):
@@ -247,7 +247,34 @@ def test_kinds_whose_time_is_known_are_bounded(make, monkeypatch):
     async def taken(width):
         return batcher.soon("count", request([b"a"] * width)) is not None
 
-    assert [asyncio.run(taken(width)) for width in (1, ALIKE + 1, 2 * ALIKE + 1)] == [True, True, False]
+    assert [asyncio.run(taken(width)) for width in (1, ALIKE + 1, 2 * ALIKE + 1)] == [False, True, True]
+
+
+def test_what_is_refused_is_not_known_to_be_quick(make):
+    """A refusal takes no time; what would have been answered may take long."""
+    batcher = make()
+    for _ in range(3):
+        with pytest.raises(InvalidRequest):
+            batcher.submit("count", request([b"a"], k=13)).result(5)
+
+    async def taken():
+        return batcher.soon("count", request([b"a"])) is not None
+
+    assert not asyncio.run(taken())
+    known_as_quick(batcher)
+    assert asyncio.run(taken())
+
+
+def test_batches_on_the_loop_have_at_most_so_many_rows(make, graph):
+    batcher = make(max_rows=4)
+    known_as_quick(batcher)
+    del graph.calls[:]
+
+    async def asked():
+        return await asyncio.gather(*[batcher.soon("count", request([b"a"], k=k)) for k in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+
+    assert [answer["n"].item() for answer in asyncio.run(asked())] == list(range(1, 10))
+    assert [rows for _, rows in graph.calls] == [4, 4, 1]
 
 
 def test_settings_below_one_are_refused():

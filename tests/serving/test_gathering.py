@@ -86,6 +86,12 @@ def test_many_callers_are_computed_together(loop, gathering, batches):
     assert sizes[:3] == [1, 2, 3] and set(sizes[ENOUGH:]) == {ENOUGH}
 
 
+def test_no_more_are_waited_for_than_may_be_computed_together(loop, batches):
+    few = Gathering(loop, batches.append, most=4)
+    sizes = answered(loop, few, batches, callers=16, rounds=1000)
+    assert max(sizes) == 4 and set(sizes[4:]) == {4}
+
+
 def test_three_callers_are_not_kept_waiting_for_a_fourth(loop, gathering, batches):
     answered(loop, gathering, batches, callers=16, rounds=1000)
     loop.turn(2 * SILENCE_S)

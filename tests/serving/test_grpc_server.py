@@ -1,6 +1,7 @@
 """The gRPC door over a socket, asked with TensorFlow Serving's own stubs."""
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import threading
@@ -27,15 +28,17 @@ from tensorflow_serving.apis import (
 
 from fusion.compat import tf
 from fusion.export import savedmodel
-from fusion.export.manifest import Manifest, write_manifest
-from serving import batching, model_store
+from fusion.export.manifest import Manifest, verify_manifest, write_manifest
+from serving import batching, grpc_server, model_store
 from serving.batching import BatchSettings
 from serving.client import wire
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, Overloaded
 from serving.grpc_server import GrpcDoor
+from serving.members import gone_round
 from serving.metrics import METRICS
 from serving.model_config import read_model_config
 from serving.model_store import ModelConfig, ModelStore, State
+from serving.predictor import Predictor
 from serving.recommending import Recommending
 from serving.security import Tokens
 from serving.settings import GrpcSettings
@@ -511,6 +514,91 @@ def test_quick_calls_need_no_thread(artifact, monkeypatch):
     np.testing.assert_allclose(scores, scores[0], rtol=1e-5)
     assert {name for name, _ in threads} == {"door"}
     assert sum(rows for _, rows in threads) == len(heard) == 80 > len(threads)
+
+
+def test_what_others_stand_in_for_is_never_computed_on_the_loop(artifact):
+    """A loop could not leave it when it hangs; members are asked one by one in its place (O13)."""
+    manifest = verify_manifest(artifact)
+    apart = {name: manifest.signatures["recommend"] for name in ("recommend", "fuse", "member_place", "member_history")}
+    whole = dataclasses.replace(manifest, signatures={**manifest.signatures, **apart})
+    assert [gone_round(whole, name) for name in (*apart, "serving_default")] == [True] * 4 + [False]
+    assert not gone_round(manifest, "recommend")  # nothing stands in for it
+
+
+def test_large_requests_and_answers_are_worked_on_in_a_thread(store, monkeypatch):
+    """O10: on the event loop they would keep all other callers waiting."""
+    monkeypatch.setattr(grpc_server, "LARGE", 8)
+    threads, original = [], Predictor.check
+
+    def check(predictor, *given):
+        threads.append(threading.current_thread().name)
+        return original(predictor, *given)
+
+    monkeypatch.setattr(Predictor, "check", check)
+    with door_of(store) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as opened:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(opened)
+        answer = stub.Predict(predict_request(), timeout=10)
+        assert tf.make_ndarray(answer.outputs["item_ids"])[0, :2].tolist() == [b"i2", b"i4"]
+        classes = filled(classification_pb2.ClassificationRequest(), example(x=[1, 2]))
+        assert stub.Classify(classes, timeout=10).result.classifications[0].classes[0].score == 3
+        assert refused(stub.Predict, predict_request(k=None)).code() == CODE.INVALID_ARGUMENT
+    assert len(threads) == 2 and all(name.startswith("recommend") for name in threads)
+
+
+def silent(released):
+    """A request stream that sends nothing until it is released."""
+    released.wait(20)
+    yield from ()
+
+
+def test_callers_who_send_nothing_do_not_keep_their_places(store):
+    """O10 O13: a call has to bring its message within the limit of the server; only so many are under way at once."""
+    released = threading.Event()
+    with (
+        door_of(store, settings=GrpcSettings(timeout_s=0.5, calls=3)) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as opened,
+    ):
+        stub, never = prediction_service_pb2_grpc.PredictionServiceStub(opened), opened.stream_unary(wire.RECOMMEND)
+        quiet = [never.future(silent(released)) for _ in range(3)]
+        wait_until(lambda: stub.Predict.future(predict_request(), timeout=10).code() == CODE.RESOURCE_EXHAUSTED)
+        assert {call.code() for call in quiet} == {CODE.DEADLINE_EXCEEDED}
+        assert stub.Predict(predict_request(), timeout=10).outputs
+        released.set()
+
+
+def test_a_caller_without_a_deadline_is_answered_within_the_default(slow):
+    """O13: also where nothing stands in for what hangs."""
+    store, graph = slow
+    recommending = Recommending(store, timeout_ms=150)
+    with door_of(store, recommending) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as opened:
+        ask, request = opened.unary_unary(wire.RECOMMEND), wire.RecommendRequest(user_id="u1", k=2).SerializeToString()
+        graph.gate.set()
+        assert ask(request, timeout=10)  # reads the tables of the version
+        graph.gate.clear()
+        name = ":tensorflow:serving:request_count"
+        before, started = METRICS.value(name, ("films", "DEADLINE_EXCEEDED")), time.monotonic()
+        with pytest.raises(grpc.RpcError) as info:
+            ask(request)
+        assert info.value.code() == CODE.DEADLINE_EXCEEDED and time.monotonic() - started < 5
+        wait_until(lambda: METRICS.value(name, ("films", "DEADLINE_EXCEEDED")) == before + 1)  # under its model's name
+
+
+def test_a_thread_that_cannot_start_costs_no_place(store):
+    door = GrpcDoor(store, Recommending(store), GrpcSettings(threads=1, queue=1))
+
+    async def asked():
+        door._completions = grpc_server._Completions(asyncio.get_running_loop())
+        submit, door._pool.submit = door._pool.submit, failing
+        for _ in range(3):
+            with pytest.raises(Overloaded, match="no thread"):
+                await door._in_pool(len, "ab")
+        door._pool.submit = submit
+        return await door._in_pool(len, "ab")
+
+    def failing(*_):
+        raise RuntimeError("can't start new thread")
+
+    assert asyncio.run(asked()) == 2
 
 
 class Busy:
