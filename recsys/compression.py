@@ -145,14 +145,14 @@ def _judged(report: Mapping[str, Any], recipe: Recipe) -> bool:
     return bool(report["settings"] == told | {"max_drop": promised})
 
 
-def cell(run: Run, key: str, seed: int, make: Callable[[Path, RunOptions], None]) -> Path:
+def cell(run: Run, key: str, name: str, seed: int, make: Callable[[Path, RunOptions], None]) -> Path:
     """The folder `compressed/.cells/KEY`, which `make` fills, aside, unless it is there already. What is interrupted in
-    training is continued by the next call."""
+    training is continued by the next call. Progress is shown under `name`."""
     kept = run.path(FOLDER, ".cells", key)
     if not kept.exists():
         work = run.path(FOLDER, ".work", key)
         with atomic_folder(kept) as aside:
-            make(aside, RunOptions(seed, work, quiet=run.quiet))
+            make(aside, RunOptions(seed, work / name, quiet=run.quiet))
         shutil.rmtree(work, ignore_errors=True)
     return kept
 
@@ -277,7 +277,7 @@ class Compression(abc.ABC):
             write_atomically(folder / "report.json", json.dumps(make(folder, options), indent=2))
 
         seed = derive_seed(self.task.experiment.seed, "compression", member)
-        kept = cell(self.task.run, self._key(member, steps), seed, filled)
+        kept = cell(self.task.run, self._key(member, steps), member, seed, filled)
         keep_copy(kept, self.folder / member)
         found: dict[str, Any] = json.loads((kept / "report.json").read_text(encoding="utf-8"))
         if found["skipped"] and member in self.recipe.members:

@@ -81,5 +81,5 @@ def _taught_again(task: RankingTask, core: RankingCore, settings: StudentSetting
     def learn(folder: Path, options: RunOptions) -> None:
         distil(core, data.matrix(data.positive), again, options)[0].save(folder / STUDENT_FILE)
 
-    kept = cell(task.run, key, derive_seed(task.experiment.seed, "compression", STUDENT), learn)
+    kept = cell(task.run, key, STUDENT, derive_seed(task.experiment.seed, "compression", STUDENT), learn)
     return Student.load(kept / STUDENT_FILE)

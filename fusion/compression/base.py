@@ -66,13 +66,14 @@ class CompressionData:
         """The same for one step of a chain, with a seed and a folder of its own.
 
         The folder is named after settings and weights too: a training loop that finds its own end in a folder takes it.
+        Its last part is what progress is shown under.
         """
         options = self.options
         weights = hashlib.sha256(b"".join(weight.tobytes() for weight in model.get_weights())).hexdigest()
         step = replace(
             options,
             seed=derive_seed(options.seed, "compression", number, part.kind),
-            directory=options.directory / f"{number}_{part.kind}_{content_hash([part.dump(), weights])[:16]}",
+            directory=options.directory / f"{number}_{content_hash([part.dump(), weights])[:16]}" / part.kind,
         )
         return replace(self, options=step)
 

@@ -19,6 +19,7 @@ from fusion.compat import keras
 from fusion.compression.base import Applied, Compressed, CompressionData, LayerPatterns, Method, answer_of, clone
 from fusion.compression.masks import Sparsity, layers_to_prune, magnitude_mask, repaired, sparsity_facts
 from fusion.config import Settings
+from fusion.progress import progress
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, derive_seed
 
@@ -55,7 +56,11 @@ class SparseRegression(Method):
         original, model = clone(subject.model), clone(subject.model)
         chosen, alone = layers_to_prune(original, self.config.layers, _unable)
         names = [layer.name for layer in chosen]
-        errors = {name: self._fit(original.get_layer(name), model, original, data) for name in names}
+        errors = {}
+        with progress("sparse regression", len(names), "layers", quiet=data.options.quiet) as bar:
+            for name in names:
+                errors[name] = self._fit(original.get_layer(name), model, original, data)
+                bar.advance()
         facts = {**sparsity_facts(model, names), "relative_error": errors}
         return replace(subject, model=repaired(model, data, self.config.repair)), Applied(alone, facts)
 
