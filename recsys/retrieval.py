@@ -45,7 +45,7 @@ def top_k(scores: tf.Tensor, k: tf.Tensor | int, group: int = GROUP) -> tuple[tf
 
     def grouped() -> tuple[tf.Tensor, tf.Tensor]:
         if scores.shape[1] is not None and scores.shape[1] % group == 0:
-            return select(scores, items, k, group)
+            return select(scores, scores.shape[1], k, group)
         padding = -items % group
         return select(tf.pad(scores, [[0, 0], [0, padding]], constant_values=-np.inf), items, k, group)
 
@@ -66,18 +66,21 @@ def select(
     Columns from `items` on lie in the last group and may hold anything, so that a caller can pad a table of vectors
     once instead of copying every block of scores. Needs G > k.
     """
-    groups = tf.shape(scores)[1] // group
-    blocks = tf.reshape(scores, [-1, groups, group])
-    # The last maximum is taken again over the columns that count.
-    tail = tf.reduce_max(scores[:, (groups - 1) * group : items], axis=1, keepdims=True)
-    maxima = tf.concat([tf.reduce_max(blocks, axis=2)[:, :-1], tail], axis=1)
+    width = scores.shape[1] or tf.shape(scores)[1]
+    blocks = tf.reshape(scores, [-1, width // group, group])
+    maxima = tf.reduce_max(blocks, axis=2)
+    every = isinstance(items, int) and items == scores.shape[1]  # all columns count
+    if not every:  # the last maximum is taken again over those that do
+        tail = tf.reduce_max(scores[:, width - group : items], axis=1, keepdims=True)
+        maxima = tf.concat([maxima[:, :-1], tail], axis=1)
     chosen = tf.sort(tf.math.top_k(maxima, k, sorted=False).indices, axis=1)
     numbers = tf.reshape(chosen[:, :, None] * group + tf.range(group), [-1, k * group])
     candidates = tf.reshape(tf.gather(blocks, chosen, batch_dims=1), [-1, k * group])
-    candidates = tf.where(numbers < items, candidates, tf.constant(-np.inf, candidates.dtype))
+    if not every:
+        candidates = tf.where(numbers < items, candidates, tf.constant(-np.inf, candidates.dtype))
     values, places = tf.math.top_k(candidates, k)
     picked = tf.gather(numbers, places, batch_dims=1)
-    return values, tf.where(picked < items, picked, 0)
+    return values, picked if every else tf.where(picked < items, picked, 0)
 
 
 def exclude(scores: tf.Tensor, pairs: tf.Tensor) -> tf.Tensor:
