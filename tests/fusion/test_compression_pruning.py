@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.linear_model import orthogonal_mp_gram
 
 from compression_world import digits_data, digits_model
 from fusion.compat import keras, tf
@@ -24,7 +25,7 @@ from fusion.compression.l0 import HIGH, L0, LOW, TEMPERATURE, HardConcrete
 from fusion.compression.masks import fine_tune_sparse, magnitude_mask, random_mask, zeros_in
 from fusion.compression.pruning import Prune, stripped
 from fusion.compression.sensitivity import PruneBySensitivity
-from fusion.compression.sparse_regression import SparseRegression
+from fusion.compression.sparse_regression import SparseRegression, matching_pursuit
 from fusion.config import parse
 from fusion.errors import ConfigError, GateError
 from fusion.submodels.text_bert import TextBert
@@ -464,6 +465,19 @@ def test_regression_by_hand(solver):
     assert np.count_nonzero(new[:, 0]) == np.count_nonzero(new[:, 1]) == 1
     assert new[:2, 0].sum() == pytest.approx(2, abs=0.01)
     assert new[2, 1] == pytest.approx(20, abs=0.2)
+
+
+def test_matching_pursuit_is_that_of_scikit_learn():
+    """K12: the same inputs and weights; inputs that depend on chosen ones are not taken."""
+    random = np.random.default_rng(7)
+    rows = random.normal(size=(90, 40))
+    rows /= np.linalg.norm(rows, axis=0)
+    gram, products = rows.T @ rows, rows.T @ random.normal(size=(90, 6))
+    ours = np.stack([matching_pursuit(gram, column, 15) for column in products.T], axis=1)
+    np.testing.assert_allclose(ours, orthogonal_mp_gram(gram, products, n_nonzero_coefs=15), atol=1e-9)
+    twice = np.concatenate([rows[:, :3], rows[:, :3]], axis=1)
+    alone = matching_pursuit(twice.T @ twice, twice.T @ rows[:, 3], 6)
+    assert np.count_nonzero(alone) == 3 and np.count_nonzero(alone[:3] * alone[3:]) == 0
 
 
 def test_a_strong_ridge_keeps_the_old_weights():
