@@ -14,6 +14,7 @@ rollback by more than its time limit. What fails is logged and the next one is d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
@@ -41,6 +42,8 @@ COMMAND_SECONDS = 24 * 3600.0
 """The longest that a command may run before it is ended."""
 PENDING = 100
 """Alarms that wait for their actions; more than these are logged alone."""
+CLOSE_S = 10.0
+"""The longest that the end waits for actions: one that hangs must not keep a server from stopping."""
 
 Name = Annotated[str, StringConstraints(min_length=1)]
 
@@ -78,7 +81,8 @@ class Rule(_Strict):
     series: str = ""
     """The series that it must be of; empty for every one."""
     do: tuple[Action, ...] = Field(min_length=1)
-    """`log`, `rollback` (to the version that answered before), {webhook: URL}, {drop_member: NAME}, {command: [..]}."""
+    """`log`, `rollback` (from the version that the alarm is about to the one before), {webhook: URL},
+    {drop_member: NAME}, {command: [..]}."""
     cool_down_s: float = Field(300.0, ge=0)
     """Seconds in which the rule does nothing again."""
     dry_run: bool = False
@@ -121,7 +125,8 @@ class Handler:
 
     Args:
         rules: in order; every one that fits is followed.
-        do: what the server can do, by the name of the action: `rollback` takes nothing, `drop_member` a name.
+        do: what the server can do, by the name of the action: `rollback` takes the version to leave, None where the
+            alarm is about none, and `drop_member` a name.
         clock: seconds, never going back.
     """
 
@@ -136,6 +141,7 @@ class Handler:
         self._clock = clock
         self._last: dict[int, float] = {}
         self._running: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
+        self._over = False
         self._alarms: queue.Queue[Alarm | None] = queue.Queue(PENDING)
         self._thread = threading.Thread(target=self._work, name="alarms", daemon=True)
         self._thread.start()
@@ -147,11 +153,13 @@ class Handler:
         except queue.Full:
             logger.error("too many alarms wait for their actions; only logged: %s", alarm.sentence)
 
-    def close(self) -> None:
-        """Ends after what waits is done; commands that still run are ended."""
-        self._alarms.put(None)
-        self._thread.join()
-        for process in self._running.values():
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Ends after what waits is done, or without it once so many seconds have passed; commands that still run are
+        ended."""
+        if not ended(self._thread, self._alarms, within_s):
+            logger.error("the actions of alarms take too long; what is not done by now is left")
+        self._over = True
+        for process in list(self._running.values()):
             _end(process)
 
     def _work(self) -> None:
@@ -159,6 +167,8 @@ class Handler:
             for number, rule in enumerate(self.rules):
                 if rule.fits(alarm) and self._ready(number, rule):
                     for action in rule.do:
+                        if self._over:
+                            return
                         self._follow(rule, action, alarm)
 
     def _ready(self, number: int, rule: Rule) -> bool:
@@ -183,7 +193,7 @@ class Handler:
             case "log":
                 logger.warning("%s", alarm.sentence, extra={"alarm": asdict(alarm)})
             case "rollback":
-                self._do["rollback"]()
+                self._do["rollback"](alarm.version)
             case DropMember():
                 self._do["drop_member"](action.drop_member)
             case Webhook():
@@ -199,6 +209,15 @@ class Handler:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._running[command] = process
         threading.Thread(target=_reap, args=(process, _as_json(alarm)), name="alarm command", daemon=True).start()
+
+
+def ended(thread: threading.Thread, waiting: queue.Queue[Any], within_s: float) -> bool:
+    """Tells a thread, by a None behind what waits in its queue, to end; whether it did within so many seconds."""
+    limit = time.monotonic() + within_s
+    with contextlib.suppress(queue.Full):
+        waiting.put(None, timeout=within_s)
+    thread.join(max(limit - time.monotonic(), 0.0))
+    return not thread.is_alive()
 
 
 def _as_json(alarm: Alarm) -> bytes:

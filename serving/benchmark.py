@@ -45,6 +45,7 @@ def measure_serving(
     k: int = 10,
     workers: int = 1,
     profile: str = BEST,
+    keep: int | None = None,
 ) -> dict[str, Any]:
     """Calls of `fusion.RecommendationService/Recommend` per second, and their latencies.
 
@@ -56,6 +57,7 @@ def measure_serving(
         k: items of a list.
         workers: processes of each of the two servers, which share its port.
         profile: that is asked for; the loop always asks the whole ensemble.
+        keep: answers that our server keeps for questions that come again, as all do here; None keeps none.
 
     Returns for `ours` and `echo` `calls_per_s` (median of the rounds), `p50_ms`, `p95_ms`, `p99_ms`, `calls`, `failed`;
     for the loop `calls_per_s`; and `share_of_echo`, the median over rounds of ours to echo.
@@ -71,7 +73,7 @@ def measure_serving(
     found: dict[str, list[_Load]] = {OURS: [], ECHO: []}
     loops = []
     predictor = Predictor.load(artifact)
-    with _process(_serve, str(artifact), workers) as port, _echoes(_answer(port, asked[0]), workers) as echo_port:
+    with _process(_serve, str(artifact), workers, keep) as port, _echoes(_answer(port, asked[0]), workers) as echo_port:
         ports = {OURS: port, ECHO: echo_port}
         for name in ports:
             _loaded(ports[name], asked, clients, min(turn, 2.0))  # connections and caches
@@ -85,6 +87,7 @@ def measure_serving(
         "k": k,
         "workers": workers,
         "profile": profile,
+        "kept_answers": keep,
         **{name: _summary(loads) for name, loads in found.items()},
         LOOP: {"calls_per_s": round(float(np.median(loops)))},
         "share_of_echo": float(np.median(ratios)),
@@ -94,7 +97,8 @@ def measure_serving(
 def as_text(result: dict[str, Any]) -> str:
     """The figures for people."""
     asked = f"{result['clients']} clients, k = {result['k']}, profile {result['profile']}"
-    lines = [f"{asked}, {result['workers']} process(es)"]
+    kept = f", {result['kept_answers']:,} answers kept" if result["kept_answers"] else ""
+    lines = [f"{asked}, {result['workers']} process(es){kept}"]
     for name in (OURS, ECHO):
         found = result[name]
         lines.append(
@@ -168,13 +172,15 @@ def _process(target: Callable[..., None], *given: Any) -> Iterator[int]:
             process.join()
 
 
-def _serve(artifact: str, workers: int, pipe: Connection) -> None:
+def _serve(artifact: str, workers: int, keep: int | None, pipe: Connection) -> None:
+    from serving.batching import BatchSettings
     from serving.model_config import named_models
     from serving.server import serve
     from serving.settings import ServerSettings
 
     models = tuple(named_models(Path(artifact)))
-    settings = ServerSettings(models, grpc_port=0, rest_port=0, workers=workers)
+    batching = BatchSettings(keep=keep)
+    settings = ServerSettings(models, grpc_port=0, rest_port=0, workers=workers, batching=batching)
     serve(settings, lambda facts: pipe.send(facts["ports"]["grpc"]))
 
 

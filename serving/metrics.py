@@ -86,6 +86,7 @@ class Metrics:
             ),
             _Metric("serving_load_failures", "counter", "Versions that could not be loaded.", ("model_name",)),
             _Metric("serving_alarms", "counter", "Alarms by what they are about.", ("model_name", "kind", "series")),
+            _Metric("serving_kept_answers", "counter", "Calls that were answered without the graph.", ("model_name",)),
             _Metric("serving_unwatched", "counter", "Calls that the monitor had no time for.", ("model_name",)),
             _Metric("serving_queue_depth", "gauge", "Requests that wait for the graph.", ("model_name", "version")),
             _Metric(

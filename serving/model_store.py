@@ -56,18 +56,20 @@ from serving.metrics import METRICS, Labels
 from serving.model_config import ModelConfig as ModelConfig
 from serving.model_config import check_configs
 from serving.model_config import version_folders as version_folders
-from serving.predictor import Predictor
-from serving.warmup import warm_up
+from serving.predictor import ADD_ITEMS as ADD_ITEMS
+from serving.predictor import CHANGING, Predictor
+from serving.predictor import WITHDRAW_ITEMS as WITHDRAW_ITEMS
+from serving.warmup import WARM_UP_S, warm_up
 
 logger = logging.getLogger(__name__)
 
-ADD_ITEMS, WITHDRAW_ITEMS = "add_items", "withdraw_items"
-"""The signatures that change a model: they are for administrators, who do not come through the queue."""
 CANARY = "canary"
 """The label whose version gets a share of the requests that name neither version nor label."""
 MEMORY_FACTOR = 1.2
 """A loaded SavedModel takes about this many times the bytes of its files; the number of TensorFlow Serving."""
 GRAPH_FILES = (GRAPH_FILE, "variables/", "assets/")
+CLOSE_S = 5.0
+"""The longest that the end waits for a version that is just being loaded, or for an order."""
 
 Called = Callable[["Servable", str, Arrays, Callable[[], Arrays], float], None]
 """Is told the version, the signature, its inputs, what gives its outputs or raises, and the seconds it took."""
@@ -137,7 +139,7 @@ class Servable:
         self.predictor = predictor
         self.folder = folder
         self.warmed = 0
-        self._batcher = Batcher(predictor.run, predictor.manifest.signatures, settings, name)
+        self._batcher = Batcher(predictor.run, predictor.manifest.signatures, settings, name, lambda: predictor.changes)
 
     def submit(self, signature: str, arrays: Arrays, deadline: float | None = None) -> Future[Arrays]:
         """Puts checked inputs into the queue (`Predictor.check`, `Batcher.submit`). Raises Forbidden for those that
@@ -211,7 +213,7 @@ class Servable:
 
 
 def _check_changes_nothing(signature: str) -> None:
-    if signature in (ADD_ITEMS, WITHDRAW_ITEMS):
+    if signature in CHANGING:
         raise Forbidden(f"'{signature}' is for administrators: ask the door of administration (/v1/admin/items).")
 
 
@@ -269,6 +271,7 @@ class ModelStore:
         free_memory: bytes that a new version may take.
         called: told of every call that has ended, see `serving.watching.Watching.called`.
         prepare: gets a new version when it is loaded and warm, before it takes over; see `serving.new_items`.
+        warm_up_s: the longest that the warm-up of a version may take.
 
     Raises InvalidRequest for a list that names a model twice or contradicts itself.
     """
@@ -283,8 +286,10 @@ class ModelStore:
         free_memory: Callable[[], int] | None = None,
         called: Called | None = None,
         prepare: Callable[[Servable], None] | None = None,
+        warm_up_s: float = WARM_UP_S,
     ) -> None:
         check_configs(models)
+        self._warm_up_s = warm_up_s
         self._called, self._prepare = called, prepare
         self._limits, self._batching = limits or Limits(), batching or BatchSettings()
         self._retries, self._shared = retries or Retries(), shared
@@ -356,6 +361,12 @@ class ModelStore:
         with self._lock:
             model = self._model(name)
             return {label: n for label, n in model.config.labels.items() if n in model.available()}
+
+    def served(self, name: str) -> frozenset[int]:
+        """The versions of a model that are available; empty where the model has just gone."""
+        with self._lock:
+            model = self._models.get(name)
+            return frozenset() if model is None else frozenset(model.available())
 
     def dropped(self, name: str) -> frozenset[str]:
         """The members that answers of a model are made without; empty where the model has just gone."""
@@ -464,11 +475,18 @@ class ModelStore:
             self._check_label(model, label, version)
             model.config = dataclasses.replace(model.config, labels={**model.config.labels, label: version})
 
-    def rollback(self, name: str) -> int:
-        """Goes back to the version before the newest one that is available, and returns its number.
+    def rollback(self, name: str, leave: int | None = None) -> int:
+        """Goes back to the version before the newest one that is available, or before the version to leave, and returns
+        the number of the newest one that is served then.
 
-        It takes over at once where it is loaded, and is loaded first where it is not. The versions after it stay out
-        until `reload`; one that is published later is served as usual.
+        The earlier version takes over at once where it is loaded, and is loaded first where it is not. What is left
+        stays out until `reload`; a version that is published later is served as usual.
+
+        Args:
+            name: of the model.
+            leave: the version that is meant. Several processes, or rules, may want to leave the same one: where it is
+                served no longer, nothing is done. One that this process is yet to load stays out as well. Without a
+                number it is the newest one that is available here, with all after it.
 
         Raises UnknownModel, and NotPossible when no earlier version can be loaded.
         """
@@ -478,13 +496,18 @@ class ModelStore:
             if not available:
                 raise NotPossible(f"'{name}' has no version that is available, so there is nothing to go back from.")
             found = self._find(model)
-            for number in sorted((n for n in found if n < available[-1] and model.allows(n)), reverse=True):
+            newest = available[-1]
+            to_come = {number for number in found if number > newest and model.allows(number)}
+            if leave is not None and leave not in to_come.union(available):
+                return newest
+            first, last = (newest, math.inf) if leave is None else (leave, leave)
+            for number in sorted((n for n in found if n < first and model.allows(n)), reverse=True):
                 if self._ready(model, number, at_once=True):
                     with self._lock:
-                        model.withdrawn |= {later for later in found if later > number}
+                        model.withdrawn |= {later for later in found if number < later <= last}
                     self._align(model)
-                    return number
-            raise NotPossible(f"'{name}' has no version before {available[-1]} that can be loaded.")
+                    return max(model.available(), default=number)
+            raise NotPossible(f"'{name}' has no version before {first} that can be loaded.")
 
     def drop_member(self, name: str, member: str) -> None:
         """From now on answers of a model are made without this member, whatever the version, until `restore_member`.
@@ -538,21 +561,28 @@ class ModelStore:
         self._thread.start()
 
     def close(self) -> None:
-        """Takes no more requests, answers those that were accepted, and unloads everything."""
+        """Takes no more requests, answers those that were accepted, and unloads everything but what hangs."""
         with self._lock:
             if self._closed:
                 return
             self._closed = self._draining = True
         self._wake.set()
+        limit = time.monotonic() + CLOSE_S
         if self._thread is not None:
-            self._thread.join()
-        with self._work:
+            self._thread.join(CLOSE_S)
+        held = self._work.acquire(timeout=max(limit - time.monotonic(), 0.0))
+        if not held:
+            logger.error("a version that is being loaded, or an order, takes too long; it is left behind")
+        try:
             with self._lock:
                 for model in self._models.values():
                     self._leave(model, model.available())
-            for name, version in self._leaving:
+                leaving, self._leaving = self._leaving, []
+            for name, version in leaving:
                 self._release(name, version)
-            self._leaving = []
+        finally:
+            if held:
+                self._work.release()
         self._unwatch()
 
     def poll(self) -> None:
@@ -646,9 +676,11 @@ class ModelStore:
         predictor = Predictor.load(version.folder, self._limits, self._batching.cores)
         servable = Servable(name, version.number, predictor, version.folder, self._batching, self._called)
         try:
-            servable.warmed = warm_up(version.folder, servable.call)
+            servable.warmed = warm_up(version.folder, servable.call, self._warm_up_s)
             if self._prepare is not None:
                 self._prepare(servable)
+            if self._closed:  # without waiting for this version; nobody would take it away again
+                raise Unavailable("the server is stopping; ask another one.")
         except BaseException:
             servable.close()
             raise
@@ -739,7 +771,6 @@ class ModelStore:
         """Does what another process was ordered to do."""
         if self._shared is None or (seen := stamp(self._shared)) == self._seen_shared:
             return
-        self._seen_shared = seen
         orders = json.loads(self._shared.read_text(encoding="utf-8"))
         fresh = {}
         for order in orders:
@@ -757,6 +788,7 @@ class ModelStore:
                 if model not in fresh.values():
                     self._leave(model, model.available())
             self._models = fresh
+        self._seen_shared = seen  # not before: what could not be read or done is tried again, or would be lost
 
 
 def fingerprint(folder: Path) -> int:

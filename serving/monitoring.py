@@ -95,6 +95,7 @@ class Alarm:
         value: what was measured; `expected` what would have been right.
         sentence: for people.
         at: seconds since 1970.
+        version: of the model that answered; None where nobody said.
     """
 
     kind: Kind
@@ -103,6 +104,7 @@ class Alarm:
     expected: float
     sentence: str
     at: float
+    version: int | None = None
 
 
 class Monitor:
@@ -113,6 +115,7 @@ class Monitor:
         settings: how closely.
         on_alarm: called with each alarm, after the request that raised it, outside of the lock.
         clock: seconds since 1970.
+        version: that answers, for the alarms.
     """
 
     def __init__(
@@ -121,8 +124,10 @@ class Monitor:
         settings: MonitorSettings | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
         clock: Callable[[], float] = time.time,
+        version: int | None = None,
     ) -> None:
         self.baseline = baseline
+        self._version = version
         self.settings = settings or MonitorSettings()
         self._on_alarm = on_alarm
         self._clock = clock
@@ -193,7 +198,7 @@ class Monitor:
         return new
 
     def _alarm(self, kind: Kind, series: str, value: float, expected: float, sentence: str) -> Alarm:
-        return Alarm(kind, series, float(value), float(expected), sentence, self._clock())
+        return Alarm(kind, series, float(value), float(expected), sentence, self._clock(), self._version)
 
     def _distances(self, bins: _Bins) -> dict[str, float]:
         expected = np.array(bins.histogram.counts)

@@ -112,7 +112,14 @@ OPERATIONS: Sequence[Operation] = (
     ),
     Operation("GET", "/openapi.json", "openapi", "This document."),
     Operation("GET", "/v1/admin/models", "list_models", "Models, versions, labels, and members left out.", admin=True),
-    Operation("POST", "/v1/admin/rollback", "rollback", "Back to the version before.", {"model": "films"}, admin=True),
+    Operation(
+        "POST",
+        "/v1/admin/rollback",
+        "rollback",
+        "Leaves a version, the newest one where none is named, for the one before; answers which one is served then.",
+        {"model": "films", "version": 2},
+        admin=True,
+    ),
     Operation(
         "POST",
         "/v1/admin/labels",

@@ -23,6 +23,10 @@ from serving.inputs import Arrays as Arrays
 from serving.inputs import check_inputs, first_items, recommend_inputs, signature_of
 from serving.limits import Limits
 
+ADD_ITEMS, WITHDRAW_ITEMS = "add_items", "withdraw_items"
+CHANGING = (ADD_ITEMS, WITHDRAW_ITEMS)
+"""Signatures that change the graph, one call at a time: for administrators, who do not come through the queue."""
+
 
 class Predictor:
     """One loaded artifact.
@@ -30,11 +34,13 @@ class Predictor:
     Attributes:
         manifest: what the artifact says about itself, verified.
         limits: how large a request may be.
+        changes: how often the graph has been changed (`CHANGING`): what it answered before may not be so any more.
     """
 
     def __init__(self, graph: GraphSession, manifest: Manifest, limits: Limits) -> None:
         self.manifest = manifest
         self.limits = limits
+        self.changes = 0
         self._graph = graph
 
     @classmethod
@@ -108,6 +114,9 @@ class Predictor:
             raise Overloaded("the request needs more memory than is free; send fewer rows, or try again.") from error
         except (tf.errors.OpError, ValueError, TypeError, LookupError, RuntimeError) as error:
             raise ServingError(f"'{signature}' failed: {error}") from error
+        finally:
+            if signature in CHANGING:
+                self.changes += 1
 
     def signature(self, name: str) -> Signature:
         """The inputs and outputs of a signature. Raises UnknownSignature."""

@@ -275,8 +275,8 @@ class Admin:
         }
 
     def rollback(self, call: Call) -> Any:
-        fields = checked(call.body, {"model": text})
-        return {"version": self.store.rollback(fields.get("model", ""))}
+        fields = checked(call.body, {"model": text, "version": whole})
+        return {"version": self.store.rollback(fields.get("model", ""), fields.get("version"))}
 
     def assign_label(self, call: Call) -> Any:
         fields = required(checked(call.body, {"model": text, "label": text, "version": whole}), "label", "version")

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class _Supervisor:
         self._spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
         self._workers: dict[Any, Connection] = {}
         self._deaths: deque[float] = deque()
-        self._stopping = False
+        self._stopping = self._interrupted = False
 
     def run(self, announce: Announce) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,19 +83,23 @@ class _Supervisor:
             if all(answers):
                 pids = [process.pid for process in self._workers]
                 announce({**answers[0], "processes": pids})
+            elif self._interrupted:
+                raise KeyboardInterrupt  # nothing was served yet, so there is nothing to drain
             while not self._stopping:
                 self._watch(shared)
         finally:
             self._end()
             shutil.rmtree(shared, ignore_errors=True)
 
-    def _stop(self, *_: Any) -> None:
+    def _stop(self, number: int, _: Any) -> None:
         self._stopping = True
+        self._interrupted = number == signal.SIGINT
 
     def _start(self, shared: Path) -> None:
         ours, theirs = self._spawn.Pipe(duplex=False)
         process = self._spawn.Process(target=_work, args=(self._settings, shared, theirs), name="serving-worker")
-        process.start()
+        with _interrupts_wait():
+            process.start()
         theirs.close()
         self._workers[process] = ours
 
@@ -106,6 +111,8 @@ class _Supervisor:
                 try:
                     word = self._workers[process].recv()
                 except EOFError:
+                    if self._stopping:  # the order to stop may reach all processes at once
+                        break
                     raise MachineError(
                         "a worker must start; it died before it answered. See its last lines above."
                     ) from None
@@ -145,8 +152,22 @@ class _Supervisor:
                 process.join()
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Blocks SIGINT, also in the processes that are started meanwhile. A terminal sends Ctrl-C to all of them, and one
+    that still imports would answer with a traceback: it is for the supervisor, who tells the others."""
+    resource_tracker.ensure_running()  # otherwise the first start would do that, and unblock SIGINT after it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(settings: ServerSettings, shared: Path, told: Connection) -> None:
     """The main function of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it serves
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     from serving.worker import Worker  # here, so that the supervisor does without TensorFlow
 
     configure_logging()

@@ -7,14 +7,15 @@ manifest by then, so the records' own checksums are not computed again; lengths 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
-from serving.errors import ArtifactRefused, ServingError
+from serving.errors import ArtifactRefused, DeadlineExceeded, ServingError
 from serving.inputs import Arrays
 from serving.tensors import decode
 
@@ -23,19 +24,28 @@ MAX_RECORDS = 1000
 """Of more the rest is not read; TensorFlow Serving's bound."""
 MAX_RECORD_BYTES = 64 * 2**20
 SERVING_DEFAULT = "serving_default"
+WARM_UP_S = 120.0
+"""The longest that all requests may take. While a version is warmed no other one is loaded, and orders wait."""
 
 
-def warm_up(folder: Path, call: Callable[[str, Mapping[str, Any]], Arrays]) -> int:
+class Call(Protocol):
+    """Answers inputs by the name of a signature; gives up at `time.monotonic()` = deadline with DeadlineExceeded."""
+
+    def __call__(self, signature: str, inputs: Mapping[str, Any], /, *, deadline: float) -> Arrays: ...
+
+
+def warm_up(folder: Path, call: Call, within_s: float = WARM_UP_S) -> int:
     """Answers every request of the artifact's file; returns how many there were, 0 without a file.
 
     Args:
         folder: of the artifact.
-        call: answers inputs by the name of a signature.
+        call: answers the requests.
+        within_s: seconds for all of them.
 
-    Raises ArtifactRefused when the file cannot be read or a request fails: a version that cannot answer its own
-    examples would not answer users.
+    Raises ArtifactRefused when the file cannot be read, a request fails, or time is over: a version that cannot answer
+    its own examples would not answer users.
     """
-    done = 0
+    done, deadline = 0, time.monotonic() + within_s
     for record in records(folder / WARMUP_FILE):
         try:
             log = PredictionLog.FromString(record)
@@ -46,7 +56,9 @@ def warm_up(folder: Path, call: Callable[[str, Mapping[str, Any]], Arrays]) -> i
         request = log.predict_log.request
         try:
             inputs = {name: decode(name, tensor) for name, tensor in request.inputs.items()}
-            call(request.model_spec.signature_name or SERVING_DEFAULT, inputs)
+            call(request.model_spec.signature_name or SERVING_DEFAULT, inputs, deadline=deadline)
+        except DeadlineExceeded as error:
+            raise _refusal(f"after {within_s:g} s there was no answer to request {done + 1}") from error
         except ServingError as error:
             raise _refusal(f"request {done + 1} failed: {error}") from error
         done += 1

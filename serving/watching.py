@@ -10,12 +10,14 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusion.export.baseline import Baseline, Series, of_classes, of_lists
-from serving.actions import Handler, Watch
+from serving.actions import CLOSE_S, Handler, Watch, ended
 from serving.errors import ServingError
 from serving.inputs import Arrays
 from serving.metrics import METRICS
@@ -36,7 +38,9 @@ Answer = Callable[[], Arrays]
 
 
 class _Call(NamedTuple):
-    monitor: Monitor
+    model: str
+    version: int
+    folder: Path
     members: tuple[str, ...]
     signature: str
     inputs: Arrays
@@ -51,12 +55,14 @@ class Watching:
         watch: how closely, and what is done about alarms.
         do: actions by model: `rollback` and `drop_member`, as `serving.actions.Handler` takes them, but with the
             model's name first.
+        served: the versions of a model that are available now; others are forgotten when a new one comes.
     """
 
-    def __init__(self, watch: Watch, do: Mapping[str, Callable[..., object]]) -> None:
-        self._watch, self._do = watch, do
-        self._lock = threading.Lock()
-        self._monitors: dict[tuple[str, int], Monitor] = {}
+    def __init__(
+        self, watch: Watch, do: Mapping[str, Callable[..., object]], served: Callable[[str], Collection[int]]
+    ) -> None:
+        self._watch, self._do, self._served = watch, do, served
+        self._monitors: Mapping[tuple[str, int], Monitor] = {}  # replaced by the thread, never changed
         self._handlers: dict[str, Handler] = {}
         self._calls: queue.Queue[_Call | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name="watching", daemon=True)
@@ -74,7 +80,8 @@ class Watching:
         manifest = servable.predictor.manifest
         if signature not in (CLASSES if manifest.kind == "classifier" else LISTS):
             return
-        call = _Call(self._monitor(servable), manifest.members, signature, inputs, answer, seconds)
+        which = servable.name, servable.version, servable.folder  # not the version itself, which might be leaving
+        call = _Call(*which, manifest.members, signature, inputs, answer, seconds)
         try:
             self._calls.put_nowait(call)
         except queue.Full:
@@ -82,29 +89,28 @@ class Watching:
 
     def report(self) -> dict[str, Any]:
         """The monitors' reports by `model/version`."""
-        with self._lock:
-            monitors = dict(self._monitors)
-        return {f"{name}/{version}": monitor.report() for (name, version), monitor in monitors.items()}
+        return {f"{name}/{version}": monitor.report() for (name, version), monitor in self._monitors.items()}
 
-    def close(self) -> None:
-        """Ends after what waits is counted and acted upon."""
-        self._calls.put(None)
-        self._thread.join()
-        for handler in self._handlers.values():
-            handler.close()
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Ends after what waits is counted and acted upon, or without it once so many seconds have passed."""
+        limit = time.monotonic() + within_s
+        if not ended(self._thread, self._calls, within_s):
+            logger.error("the calls that wait to be counted take too long; they are left")
+        for handler in list(self._handlers.values()):
+            handler.close(max(limit - time.monotonic(), 0.0))
 
-    def _monitor(self, servable: Servable) -> Monitor:
-        key = servable.name, servable.version
-        with self._lock:
-            if key not in self._monitors:
-                for other in [known for known in self._monitors if known[0] == key[0]][:-1]:
-                    del self._monitors[other]  # the version before the last one does not come back
-                if servable.name not in self._handlers:
-                    self._handlers[servable.name] = self._handler(servable.name)
-                handler = self._handlers[servable.name]
-                baseline = Baseline.read(servable.folder)
-                self._monitors[key] = Monitor(baseline, self._watch.monitor, self._alarmed(servable.name, handler))
-            return self._monitors[key]
+    def _monitor(self, call: _Call) -> Monitor:
+        key = call.model, call.version
+        known = self._monitors.get(key)
+        if known is not None:
+            return known
+        if call.model not in self._handlers:
+            self._handlers[call.model] = self._handler(call.model)
+        alarmed = self._alarmed(call.model, self._handlers[call.model])
+        monitor = Monitor(Baseline.read(call.folder), self._watch.monitor, alarmed, version=call.version)
+        left = {other: kept for other, kept in self._monitors.items() if other[1] in self._served(other[0])}
+        self._monitors = {**left, key: monitor}
+        return monitor
 
     def _handler(self, model: str) -> Handler:
         do = {name: (lambda *given, act=act: act(model, *given)) for name, act in self._do.items()}
@@ -121,12 +127,12 @@ class Watching:
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             try:
-                _count(call)
+                _count(call, self._monitor(call))
             except Exception:  # a fault in counting must not end the thread that counts
                 logger.exception("a call of %s could not be counted", call.signature)
 
 
-def _count(call: _Call) -> None:
+def _count(call: _Call, monitor: Monitor) -> None:
     milliseconds = 1000 * call.seconds
     try:
         outputs = call.answer()
@@ -134,9 +140,9 @@ def _count(call: _Call) -> None:
         return  # nobody waits for the answer any more
     except ServingError as error:
         if error.http_status >= 500:  # others are the caller's own fault
-            call.monitor.observe(Observation(milliseconds=milliseconds, failed=True))
+            monitor.observe(Observation(milliseconds=milliseconds, failed=True))
         return
-    call.monitor.observe_all(_series(call, outputs), milliseconds)
+    monitor.observe_all(_series(call, outputs), milliseconds)
 
 
 def _series(call: _Call, outputs: Arrays) -> Series:

@@ -36,6 +36,8 @@ from serving.watching import Watching
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
+MAY_HANG = ("recommend", "rest", "batch-", "model-store", "watching", "alarms")
+"""Beginnings of the names of threads that may be left behind in a model, or in what an alarm led to."""
 Announce = Callable[[dict[str, Any]], None]
 
 
@@ -99,10 +101,10 @@ class Worker:
         if self._settings.watch is None:
             return None
         do: dict[str, Callable[..., object]] = {
-            "rollback": lambda model: self._store.rollback(model),
+            "rollback": lambda model, version: self._store.rollback(model, version),
             "drop_member": lambda model, member: self._store.drop_member(model, member),
         }
-        return Watching(self._settings.watch, do)
+        return Watching(self._settings.watch, do, lambda model: self._store.served(model))
 
     async def _serve(self, watching: Watching | None, announce: Announce) -> None:
         settings, shared = self._settings, self._shared is not None
@@ -186,11 +188,11 @@ def _check_any(store: ModelStore) -> None:
 
 
 def _leave_hung_threads() -> None:
-    """Ends the process although threads hang in a model: Python would wait for them for ever. All that had to be
-    answered has been."""
-    hung = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
-    if any(thread.name.startswith(("recommend", "rest")) for thread in hung):
-        logger.warning("%d threads still wait for a model; the process ends without them", len(hung))
+    """Ends the process although threads hang: Python would wait for some of them for ever, and take TensorFlow apart
+    under the others. All that had to be answered has been."""
+    hung = [thread for thread in threading.enumerate() if thread.name.startswith(MAY_HANG)]
+    if hung:
+        logger.warning("%d threads still work or wait; the process ends without them", len(hung))
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)

@@ -235,7 +235,9 @@ class FakeStore:
     def dropped(self, name: str) -> frozenset[str]:
         return self.out
 
-    def rollback(self, name: str) -> int:
+    def rollback(self, name: str, leave: int | None = None) -> int:
+        if leave not in (None, self.servable.version):
+            return self.servable.version
         raise NotPossible(f"'{name}' has no version before 1 that can be loaded.")
 
     def reload(self, models: Sequence[ModelConfig]) -> None:

@@ -67,6 +67,7 @@ def main() -> int:
     serving.add_argument("--seconds", type=float, default=60.0, help="of load on each server (default: 60)")
     serving.add_argument("--rounds", type=cli.positive, default=6, help="turns of the two (default: 6)")
     serving.add_argument("--workers", type=cli.positive, default=1, help="processes of our server (default: 1)")
+    serving.add_argument("--keep-answers", type=cli.positive, metavar="N", help="of our server (default: none)")
     serving.add_argument("--profile", choices=["best", "fast"], default="best", help="of the answers (default: best)")
     serving.add_argument("-k", type=cli.positive, default=10)
     serving.add_argument("--json", action="store_true", help="print JSON")
@@ -114,7 +115,7 @@ def measure_serving(args: argparse.Namespace) -> int:
     from serving import benchmark
 
     given = {name: getattr(args, name) for name in ("clients", "seconds", "rounds", "k", "workers", "profile")}
-    found = benchmark.measure_serving(artifact(args.source), **given)
+    found = benchmark.measure_serving(artifact(args.source), keep=args.keep_answers, **given)
     print(json.dumps(found) if args.json else benchmark.as_text(found))
     return 0
 

@@ -49,6 +49,9 @@ def main() -> int:
     )
     parser.add_argument("--max-batch", type=cli.positive, default=64, help="rows of one call of a graph (default: 64)")
     parser.add_argument("--queue", type=cli.positive, default=256, help="requests that may wait (default: 256)")
+    parser.add_argument(
+        "--keep-answers", type=cli.positive, metavar="N", help="for who asks the same again (default: none are kept)"
+    )
     parser.add_argument("--canary", type=share, default=0.0, help="share of requests for the version labelled canary")
     parser.add_argument("--drain", type=float, default=20.0, metavar="SECONDS", help="time to finish when stopped")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate of the server, PEM")
@@ -113,7 +116,7 @@ def settings(args: argparse.Namespace) -> Any:
         feedback=args.feedback,
         items_journal=args.items_journal,
         item_reader=item_reader,
-        batching=BatchSettings(args.max_batch, args.queue, args.threads, args.cores),
+        batching=BatchSettings(args.max_batch, args.queue, args.threads, args.cores, args.keep_answers),
         grpc=GrpcSettings(queue=args.queue),
         rest=RestSettings(hosts=frozenset(args.host_name)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import logging
@@ -24,7 +25,7 @@ class Server:
     def __init__(self):
         self.done = []
         self.actions = {
-            "rollback": lambda: self.done.append("rollback"),
+            "rollback": lambda version: self.done.append("rollback" if version is None else f"leave {version}"),
             "drop_member": lambda name: self.done.append(f"drop {name}"),
         }
 
@@ -46,6 +47,35 @@ def test_rules_are_followed_in_order():
         {"when": "errors", "do": ["rollback"]},
     ]
     assert handled(rules, ALARM) == ["rollback", "drop text"]
+
+
+def test_a_rollback_leaves_the_version_that_the_alarm_is_about():
+    """P3: by the time it is followed another version may be served, and others may have followed it."""
+    rule = {"when": "drift", "do": ["rollback", "rollback"]}
+    assert handled([rule], dataclasses.replace(ALARM, version=3)) == ["leave 3", "leave 3"]
+
+
+def test_the_end_does_not_wait_for_ever(monkeypatch, caplog):
+    """P3: an action that hangs keeps no server from stopping; what waits behind it is not done any more."""
+    monkeypatch.setattr("serving.actions.PENDING", 1)
+    hold, begun, done = threading.Event(), threading.Event(), []
+
+    def hanging(version):
+        begun.set()
+        hold.wait(20)
+        done.append(version)
+
+    rule = Rule.model_validate({"when": "drift", "do": ["rollback", "rollback"], "cool_down_s": 0})
+    handler = Handler([rule], {"rollback": hanging})
+    handler(ALARM)
+    assert begun.wait(5)
+    handler(ALARM)
+    started = time.monotonic()
+    handler.close(0.05)
+    assert time.monotonic() - started < 2 and "what is not done by now is left" in caplog.text
+    hold.set()
+    handler._thread.join(5)
+    assert done == [None]
 
 
 def test_a_rule_rests_after_it_was_followed():

@@ -1,12 +1,14 @@
 """Versions come, take over, fail, go back and go away. Most tests load a stand-in instead of TensorFlow; the files,
 their manifests and the way they appear are real."""
 
+import functools
 import gc
 import shutil
 import struct
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,6 +370,45 @@ def test_a_rollback_skips_what_does_not_load_and_keeps_what_serves(make, shelf):
     assert ask(store) == 1
 
 
+def test_a_version_is_left_once_however_many_ask_for_it(make, shelf, tmp_path):
+    """P3: processes that meet the same alarm, or two rules for it, do not go back further and further."""
+    for number in (1, 2, 3):
+        artifact_at(shelf / str(number))
+    first, second = (make(shared=tmp_path / "orders.json") for _ in range(2))
+    assert [store.rollback("toy", 3) for store in (first, second, second)] == [2, 2, 2]
+    first.poll()
+    assert ask(first) == ask(second) == 2
+    assert first.rollback("toy") == 1, "who names none leaves the newest"
+
+
+def test_a_version_that_this_process_has_yet_to_load_is_left_as_well(make, shelf, tmp_path):
+    """O10: an administrator's call meets any of the processes."""
+    for number in (1, 2):
+        artifact_at(shelf / str(number))
+    first, second = (make(shared=tmp_path / "orders.json") for _ in range(2))
+    artifact_at(shelf / "3")
+    first.poll()
+    assert (ask(first), ask(second)) == (3, 2)
+    assert second.rollback("toy", 3) == 2
+    for store in (first, second):
+        store.poll()
+        assert ask(store) == 2
+
+
+def test_only_what_is_to_be_left_goes(make, shelf):
+    """O10: newer versions that are served beside it stay, and so does one that is published at the same moment."""
+    for number in (1, 2, 3):
+        artifact_at(shelf / str(number))
+    store = make(ModelConfig("toy", shelf, versions=()))
+    assert store.rollback("toy", 2) == store.rollback("toy", 9) == 3
+    assert store.served("toy") == {1, 3} and not store.served("films")
+    with pytest.raises(NotPossible, match="no version before 1"):
+        store.rollback("toy", 1)
+    newest = make()
+    artifact_at(shelf / "4")
+    assert newest.rollback("toy", 3) == ask(newest) == 4
+
+
 def test_reload_serves_exactly_what_it_is_told(make, shelf, tmp_path):
     """O7: `HandleReloadConfigRequest` is declarative."""
     for number in (1, 2):
@@ -436,6 +477,26 @@ def test_orders_of_several_processes_at_the_same_moment_are_all_kept(make, shelf
     for store in stores:
         store.poll()
         assert store.labels("toy") == {f"{n}-{turn}": 1 + turn % 2 for n in range(4) for turn in range(5)}
+
+
+def test_an_order_that_cannot_be_read_is_heard_later(make, shelf, tmp_path, monkeypatch):
+    """O10: a process that has no file left to open neither misses an order nor takes it back by its own next one."""
+    for number in (1, 2):
+        artifact_at(shelf / str(number))
+    config, shared = ModelConfig("toy", shelf, latest=2), tmp_path / "orders.json"
+    first, second = make(config, shared=shared), make(config, shared=shared)
+    first.rollback("toy")
+
+    def refuse(path, **_):
+        raise OSError(24, "Too many open files", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            second.poll()
+    second.assign_label("toy", "stable", 1)
+    first.poll()
+    assert ask(first) == ask(second) == 1
 
 
 def members_at(folder, *members, apart=True):
@@ -560,6 +621,60 @@ def test_warm_up_requests_are_answered_before_a_version_serves(artifact, tmp_pat
             assert servable.signature_defs["fail"].inputs["x"].name.endswith(":0")
     finally:
         store.close()
+
+
+@pytest.fixture
+def hangs(monkeypatch):
+    """Version 3 answers nothing until this is set."""
+    go, run = threading.Event(), StandIn.run
+
+    def hanging(self, signature, arrays):
+        if self.number == 3:
+            go.wait(20)
+        return run(self, signature, arrays)
+
+    monkeypatch.setattr(StandIn, "run", hanging)
+    monkeypatch.setattr(model_store.Batcher, "close", functools.partialmethod(model_store.Batcher.close, 0.02))
+    yield go
+    go.set()
+
+
+def warmed_at(folder):
+    written(artifact_at(folder), {"x": [1]})
+    write_manifest(folder, Manifest(kind="recommender", signatures={"add": SIGNATURE}))
+
+
+def test_a_warm_up_that_hangs_is_refused_in_time(make, shelf, hangs):
+    """O13: it keeps neither other versions from being loaded nor orders waiting for ever."""
+    for number in (1, 2):
+        artifact_at(shelf / str(number))
+    store = make(warm_up_s=0.05)
+    warmed_at(shelf / "3")
+    store.poll()
+    status = store.statuses("toy", 3)[0]
+    assert (status.state, status.grpc_code, status.attempts) == (State.END, "FAILED_PRECONDITION", 1)
+    assert status.error.endswith("requests that the artifact answers; after 0.05 s there was no answer to request 1.")
+    assert ask(store) == 2 and store.rollback("toy") == 1
+
+
+def test_the_end_does_not_wait_for_a_version_that_hangs(make, shelf, hangs, monkeypatch, caplog):
+    """O10: what is served is unloaded all the same; the other version goes when it comes to itself."""
+    monkeypatch.setattr(model_store, "CLOSE_S", 0.05)
+    artifact_at(shelf / "1")
+    store = make()
+    warmed_at(shelf / "3")
+    store.start(0.001)
+    deadline = time.monotonic() + 5
+    while states(store).get(3) != "LOADING" and time.monotonic() < deadline:
+        time.sleep(0.005)
+    started = time.monotonic()
+    store.close()
+    assert time.monotonic() - started < 2 and "it is left behind" in caplog.text
+    assert states(store) == {3: "LOADING", 1: "END"}
+    hangs.set()
+    store._thread.join(5)
+    assert states(store)[3] == "END"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch-toy")]
 
 
 def verify_manifest_without(folder):

@@ -761,6 +761,8 @@ def test_administration_is_a_door_of_its_own(store, tokens):
         refused(door.post("/v1/admin/labels", {"label": "new", "version": 2}, **key), 404)
         refused(door.post("/v1/admin/labels", {"label": "new"}, **key), 400, "must have 'version'")
         refused(door.post("/v1/admin/rollback", {"model": "films"}, **key), 409, "no version before 1")
+        assert door.post("/v1/admin/rollback", {"model": "films", "version": 2}, **key).json == {"version": 1}
+        refused(door.post("/v1/admin/rollback", {"version": "2"}, **key), 400, "'version' must be a whole number")
         models = [{"name": "films", "folder": "/models/films", "versions": [1, 2], "labels": {"a": 1}, "canary": 0.1}]
         assert door.post("/v1/admin/reload", {"models": models}, **key).status == 200
         wanted = ModelConfig("films", store.orders[-1][0].folder, versions=(1, 2), labels={"a": 1}, canary=0.1)

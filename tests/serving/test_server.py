@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import psutil
 import pytest
 
 from fusion.export.manifest import GateError, MachineError, publish
-from serving import metrics
+from serving import metrics, server, worker
 from serving.client import wire
 from serving.model_config import ModelConfig, named_models
 from serving.server import serve
@@ -192,6 +193,94 @@ def test_a_taken_port_is_one_sentence_before_anything_is_loaded(artifact):
             settings = ServerSettings((ModelConfig("films", artifact),), grpc_port=0, rest_port=port, workers=2)
             with pytest.raises(MachineError, match=f"the port {port} of 127.0.0.1 must be free"):
                 serve(settings, print)
+
+
+@pytest.fixture
+def signals():
+    """What a test does about signals is undone."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Starting:
+    """A worker process that does not come to an answer, and what it inherits."""
+
+    def __init__(self, inherited):
+        self.inherited, self.exitcode, self.pid = inherited, None, 1
+
+    def start(self):
+        self.inherited.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    def terminate(self):
+        self.exitcode = -15
+
+    def join(self, timeout=None):
+        pass
+
+
+@pytest.mark.parametrize(("order", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, None)])
+def test_a_server_that_is_stopped_while_its_workers_start_ends_as_one_process_does(signals, monkeypatch, order, raised):
+    """Ctrl-C ends with 130, though workers die of the same order; it does not reach those that still import."""
+    supervisor = server._Supervisor(ServerSettings((), grpc_port=0, rest_port=0, workers=2))
+    inherited, waited, wait = [], [], server.wait
+
+    def stopped(connections, timeout):
+        if not waited:
+            os.kill(os.getpid(), order)  # and the process at the other end dies: nothing is left to be received
+        waited.append(timeout)
+        return wait(connections, timeout)
+
+    monkeypatch.setattr(server.resource_tracker, "ensure_running", lambda: None)
+    monkeypatch.setattr(supervisor._spawn, "Process", lambda **_: Starting(inherited), raising=False)
+    monkeypatch.setattr(server, "wait", stopped)
+    if raised is None:
+        supervisor.run(pytest.fail)
+    else:
+        with pytest.raises(raised):
+            supervisor.run(pytest.fail)
+    assert inherited == [True, True] and waited
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert all(process.exitcode == -15 for process in supervisor._workers)
+
+
+def test_a_worker_leaves_ctrl_c_to_its_supervisor(signals, monkeypatch, tmp_path):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as it is started
+    seen = []
+
+    class Worker:
+        def __init__(self, settings, shared):
+            pass
+
+        def run(self, announce):
+            blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            seen.append((signal.getsignal(signal.SIGINT), blocked))
+
+    monkeypatch.setattr(worker, "Worker", Worker)
+    monkeypatch.setattr(server, "configure_logging", lambda: None)
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        server._work(ServerSettings(()), tmp_path, theirs)
+    assert seen == [(signal.SIG_IGN, False)], "blocked, it would be so in all that alarms start, and for good"
+
+
+def test_a_process_ends_without_the_threads_that_hang_in_a_model(monkeypatch):
+    ends, hold = [], threading.Event()
+    monkeypatch.setattr(worker.os, "_exit", ends.append)
+    monkeypatch.setattr(worker.logging, "shutdown", lambda: None)
+    worker._leave_hung_threads()
+    assert ends == []
+    thread = threading.Thread(target=hold.wait, args=(20,), name="batch-films-0", daemon=True)
+    thread.start()
+    try:
+        worker._leave_hung_threads()
+    finally:
+        hold.set()
+        thread.join()
+    assert ends == [0]
 
 
 def test_nothing_to_serve_is_one_sentence(artifact, tmp_path):

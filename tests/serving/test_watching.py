@@ -52,12 +52,12 @@ def served(tmp_path):
     return servable, []
 
 
-def watching(done):
+def watching(done, served=(3,)):
     do = {
-        "rollback": lambda model: done.append(f"rollback {model}"),
+        "rollback": lambda model, version: done.append(f"rollback {model} {version}"),
         "drop_member": lambda model, name: done.append(f"{model} without {name}"),
     }
-    return Watching(Watch.model_validate(RULES), do)
+    return Watching(Watch.model_validate(RULES), do, lambda model: served)
 
 
 def test_a_member_that_falls_silent_is_dropped(served):
@@ -98,7 +98,7 @@ def test_only_faults_of_ours_are_errors(served):
     for _ in range(60):
         watched.called(servable, "fuse", {}, fails(ServingError("our fault")), 0.001)
     watched.close()
-    assert done == ["rollback films"]
+    assert done == ["rollback films 3"]
 
 
 def test_a_call_that_cannot_be_counted_stops_nothing(served, caplog):
@@ -148,13 +148,45 @@ def test_calls_that_cannot_be_followed_are_counted_as_such(served, monkeypatch):
 
 def test_versions_have_monitors_of_their_own(served):
     servable, done = served
-    watched = watching(done)
+    watched = watching(done, served=(4, 5))
     inputs, answer = lists(np.random.default_rng(4), 1)
     for version in (3, 4, 5):
         servable.version = version
         watched.called(servable, "recommend", inputs, lambda: answer, 0.001)
     watched.close()
     assert list(watched.report()) == ["films/4", "films/5"]
+
+
+def test_versions_that_are_served_side_by_side_fill_their_windows(served, monkeypatch):
+    """P1: however many take turns; their baselines are read once each, and not where calls are answered."""
+    servable, done = served
+    reads, read = [], Baseline.read
+    monkeypatch.setattr(Baseline, "read", lambda folder: reads.append(threading.current_thread().name) or read(folder))
+    watched = watching(done, served=(3, 4, 5))
+    inputs, answer = lists(np.random.default_rng(4), 1)
+    for call in range(90):
+        servable.version = 3 + call % 3
+        watched.called(servable, "recommend", inputs, lambda: answer, 0.001)
+    watched.close()
+    assert {name: found["requests"] for name, found in watched.report().items()} == {
+        "films/3": 30,
+        "films/4": 30,
+        "films/5": 30,
+    }
+    assert reads == ["watching"] * 3
+
+
+def test_the_end_does_not_wait_for_ever(served, monkeypatch, caplog):
+    """P1: also where the queue is full, so that not even the order to end has a place in it."""
+    servable, done = served
+    monkeypatch.setattr("serving.watching.WAITING", 1)
+    watched, hold = watching(done), threading.Event()
+    for _ in range(10):
+        watched.called(servable, "recommend", {}, lambda: hold.wait(20), 0.001)
+    started = time.monotonic()
+    watched.close(0.05)
+    assert time.monotonic() - started < 2 and "they are left" in caplog.text
+    hold.set()
 
 
 def wait_for(condition, seconds=20.0):
