@@ -21,6 +21,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from serving.errors import InvalidRequest, LimitExceeded, ServingError
+from serving.files import make_folder, sync_folder
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -65,7 +66,7 @@ class FeedbackLog:
         self._day = ""
         self._file: FileIO | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         except OSError as error:
             raise ServingError(f"the feedback log needs a folder it can write; {error.strerror}.") from error
 
@@ -100,15 +101,21 @@ class FeedbackLog:
     def _today(self, now: float) -> FileIO:
         day = time.strftime("%Y%m%d", time.gmtime(now))
         if self._file is None or day != self._day:
+            file = FileIO(self.folder / f"feedback-{day}-{self._writer}.jsonl", "ab")
+            try:
+                sync_folder(self.folder)
+            except OSError:
+                file.close()
+                raise
             if self._file is not None:
                 self._file.close()
-            self._day = day
-            self._file = FileIO(self.folder / f"feedback-{day}-{self._writer}.jsonl", "ab")
+            self._day, self._file = day, file
         return self._file
 
 
 def append_whole(file: FileIO, content: bytes) -> None:
     """Appends all of it, on the disk when this returns, or nothing: who is told that it was not kept sends it again.
+    Until then others may read what is taken back; where they must not, the caller locks the file.
 
     Raises OSError.
     """

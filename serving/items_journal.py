@@ -12,19 +12,26 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from serving.errors import NotWritable, ServingError
+from serving.errors import NotWritable, Overloaded, ServingError
 from serving.feedback import append_whole
+from serving.files import make_folder, sync_folder
 
 logger = logging.getLogger(__name__)
 
 FILE, LOCK = "items.jsonl", "items.lock"
 ADD, WITHDRAW, RESTORE = "add", "withdraw", "restore"
 ACTIONS = (ADD, WITHDRAW, RESTORE)
+WAIT_S = 3.0
+"""How long is waited for a lock that somebody else has, who may hang; the caller wants an answer."""
+_POLL_S = 0.02
+_BLOCK = 2**16
 
 
 class Entry(NamedTuple):
@@ -48,14 +55,15 @@ class ItemsJournal:
     def __init__(self, folder: Path) -> None:
         self._file, self._lock = folder / FILE, folder / LOCK
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._lock.touch()
         except OSError as error:
             raise ServingError(f"the journal of new items needs a folder it can write; {_reason(error)}.") from error
 
     @property
     def size(self) -> int:
-        """Its bytes; 0 before the first item. Raises ServingError when the disk refuses."""
+        """Its bytes, those that are just being appended among them; 0 before the first item. Raises ServingError when
+        the disk refuses."""
         try:
             return self._file.stat().st_size
         except FileNotFoundError:
@@ -65,11 +73,12 @@ class ItemsJournal:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else appends while this lasts; waits for who does. Raises NotWritable when the disk refuses."""
+        """Nobody else appends while this lasts; waits for who does. Raises NotWritable when the disk refuses, and
+        Overloaded when others take longer than WAIT_S."""
         with contextlib.ExitStack() as open_file:
             try:
                 held = open_file.enter_context(self._lock.open("a"))
-                fcntl.flock(held, fcntl.LOCK_EX)  # until it is closed, or the process has died
+                _acquire(held, fcntl.LOCK_EX)
             except OSError as error:
                 raise NotWritable(
                     f"nothing was changed: the journal of new items cannot be locked, the disk answered "
@@ -80,7 +89,7 @@ class ItemsJournal:
     def append(self, model: str, items: Sequence[Mapping[str, Any]], action: str = ADD) -> None:
         """Writes what is done to items; it is on the disk when this returns. Called within `alone`.
 
-        Raises NotWritable when the disk refuses.
+        Raises NotWritable when the disk refuses, Overloaded when it is being read for longer than WAIT_S.
         """
         lines = []
         for item in items:
@@ -88,37 +97,82 @@ class ItemsJournal:
             lines.append(_text({**entry, "sha256": _digest(entry)}) + "\n")
         try:
             with FileIO(self._file, "ab+") as file:
+                _acquire(file, fcntl.LOCK_EX)  # or somebody would read what is taken back
+                size = file.seek(0, os.SEEK_END)
+                if not size:
+                    sync_folder(self._file.parent)
                 # What a crash cut short becomes a line of its own, which readers leave out.
-                torn = file.tell() and _last_byte(file) != b"\n"
+                torn = size > 0 and _last_byte(file) != b"\n"
                 append_whole(file, ("\n" * torn + "".join(lines)).encode("ascii"))
         except OSError as error:
             raise NotWritable(f"nothing was kept: the disk answered '{_reason(error)}'. Try it again.") from error
 
-    def read(self, start: int = 0) -> tuple[list[Entry], int]:
-        """The entries of the whole lines from a byte on, and the byte behind them.
+    def end(self) -> int:
+        """The byte behind its last whole line, 0 before the first; up to there nothing is ever taken back. A line
+        without its end is left for later; the log says so.
 
-        A line without its end is left for later. One that is damaged is left out; the log says so. Raises ServingError
-        when the disk refuses.
+        Raises ServingError when the disk refuses, Overloaded when an append takes longer than WAIT_S.
         """
-        entries: list[Entry] = []
-        if not self.size:
-            return entries, 0
+        try:
+            with self._file.open("rb") as file:
+                _acquire(file, fcntl.LOCK_SH)
+                size = file.seek(0, os.SEEK_END)
+                end = _behind_last_line(file, size)
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise _unreadable(error) from error
+        if end < size:
+            logger.warning("the last line of the journal of new items is cut off; it is left out for now")
+        return end
+
+    def read(self, start: int = 0, end: int | None = None) -> Iterator[Entry]:
+        """The entries from a byte on, up to one that `end` gave, or gives now. Never more than one line is in memory:
+        with their pictures all of them are large.
+
+        A line that is damaged is left out; the log says so. Raises as `end` does.
+        """
+        end = self.end() if end is None else end
+        if start >= end:
+            return
         try:
             with self._file.open("rb") as file:
                 file.seek(start)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        logger.warning("the last line of the journal of new items is cut off; it is left out for now")
-                        break
+                while line := file.readline(end - start):
                     entry = _entry(line, start + len(line))
                     if entry is None:
                         logger.error("a line of the journal of new items is damaged, at byte %d; it is left out", start)
                     else:
-                        entries.append(entry)
+                        yield entry
                     start += len(line)
         except OSError as error:
             raise _unreadable(error) from error
-        return entries, start
+
+
+def _acquire(file: IO[Any], how: int) -> None:
+    """Locks an open file until it is closed, or the process has died. Raises OSError, and Overloaded after WAIT_S."""
+    limit = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= limit:
+                raise Overloaded(
+                    f"the journal of new items has been busy for {WAIT_S:g} s, so nothing was changed; try it again.",
+                    retry_after=1.0,
+                ) from error
+        time.sleep(_POLL_S)
+
+
+def _behind_last_line(file: IO[bytes], size: int) -> int:
+    """The byte behind the last line feed of a file, 0 where there is none."""
+    while size:
+        start = max(0, size - _BLOCK)
+        file.seek(start)
+        if found := file.read(size - start).rfind(b"\n") + 1:
+            return start + found
+        size = start
+    return 0
 
 
 def _reason(error: OSError) -> str:

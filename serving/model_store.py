@@ -56,9 +56,7 @@ from serving.metrics import METRICS, Labels
 from serving.model_config import ModelConfig as ModelConfig
 from serving.model_config import check_configs
 from serving.model_config import version_folders as version_folders
-from serving.predictor import ADD_ITEMS as ADD_ITEMS
 from serving.predictor import CHANGING, Predictor
-from serving.predictor import WITHDRAW_ITEMS as WITHDRAW_ITEMS
 from serving.warmup import WARM_UP_S, warm_up
 
 logger = logging.getLogger(__name__)

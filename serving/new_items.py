@@ -4,7 +4,8 @@ withdrawn from all lists.
 What an administrator brings is kept in a journal first (`serving.items_journal`), then embedded by the version's own
 encoders and given to its signature `add_items`. Every process, and every version that is loaded later, does what the
 journal says in the same order; a version whose catalogue has an item already leaves it out. Whether an item is
-withdrawn is decided by what was said of it last, be it a new item to a version or one that it was trained with.
+withdrawn is decided by what was said of it last, be it a new item to a version or one that it was trained with. That
+needs no encoder and comes first: whatever keeps new items out of a version must not bring withdrawn ones back.
 
 Tokenisers belong to training, so what reads raw texts and images is handed in (`Reader`).
 """
@@ -14,14 +15,15 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -40,8 +42,9 @@ from serving.errors import (
     unknown,
 )
 from serving.inputs import Arrays
-from serving.items_journal import ADD, RESTORE, WITHDRAW, ItemsJournal
-from serving.model_store import ADD_ITEMS, WITHDRAW_ITEMS, ModelStore, Servable, State
+from serving.items_journal import ADD, RESTORE, WITHDRAW, Entry, ItemsJournal
+from serving.model_store import ModelStore, Servable, State
+from serving.predictor import ADD_ITEMS, WITHDRAW_ITEMS
 from serving.recommending import Recommending
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,9 @@ WATCH_S, LONGEST_WATCH_S = 0.5, 60.0
 PATIENCE_S = 30.0
 """How long a new version waits for a call of an administrator. Were that call to hang, no version could be loaded or
 rolled back any more."""
+CALLS, WAIT_S = 4, 3.0
+"""How many calls may be here at once, and how long one waits for those before it. Were they to wait without limit, they
+would take all threads of the door, and nobody could roll back."""
 CLOSE_S = 5.0
 """How long the end waits for what is being added; the thread does not outlive the process."""
 
@@ -93,16 +99,39 @@ class _Beside:
     """What is kept beside a version that takes new items.
 
     Attributes:
-        reader: of its encoders.
+        make: makes `reader`.
         left: rows that no item has taken.
+        fixed: items of rows below this one never get another row; what was said of them last is all that counts.
         read: bytes of the journal that it has.
         seen: how long the journal was when it was last read.
+        offered: by item of which the journal says something, whether it is offered by what was said of it last.
     """
 
-    reader: Reader
+    make: Callable[[], Reader]
     left: int
+    fixed: int
     read: int = 0
     seen: int = 0
+    offered: dict[str, bool] = field(default_factory=dict)
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """Of the version's encoders. Raises ServingError where they do not say how they read."""
+        return self.make()
+
+
+class _Coming(NamedTuple):
+    """What is left to be done of the journal.
+
+    Attributes:
+        item_ids: of items that come, or come again.
+        end: the byte up to which the journal was read.
+        size: how long it was then, at least.
+    """
+
+    item_ids: Set[str]
+    end: int
+    size: int
 
 
 class NewItems:
@@ -124,7 +153,7 @@ class NewItems:
     ) -> None:
         self._store, self._recommending = store, recommending
         self._journal, self._reader = journal, reader
-        self._lock = threading.Lock()
+        self._lock, self._places = threading.Lock(), threading.Semaphore(CALLS)
         self._versions: WeakKeyDictionary[Any, _Beside] = WeakKeyDictionary()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -143,11 +172,12 @@ class NewItems:
                 anything; LimitExceeded for too many items, or one that is too large.
             ItemExists: an id is known already, or stands twice.
             NotPossible: no version takes new items, or one has not enough rows left.
+            Overloaded: other calls are busy for longer than WAIT_S, or CALLS of them wait.
             NotWritable: the disk refuses. ServingError: the journal or the encoders of a version cannot be read.
         """
         check_items(items)
         read = [_for_reader(item) for item in items]
-        with self._lock, self._journal.alone(), self._leased(model) as servables:
+        with self._turn(), self._journal.alone(), self._leased(model) as servables:
             takers = [servable for servable in servables if _takes(servable)]
             if not takers:
                 raise NotPossible(
@@ -161,10 +191,11 @@ class NewItems:
             for servable, found in zip(takers, embedded, strict=True):
                 for place, item in enumerate(items):
                     _check_embedded(item, place, found, self._beside(servable).reader)
+                _check_change(servable, ADD_ITEMS, _added(items, found))
             self._journal.append(takers[0].name, items)
             for servable, found in zip(takers, embedded, strict=True):
                 self._give(servable, items, found)
-                self._is_up_to_date(servable)
+                self._is_up_to_date(servable, items, ADD)
             return {
                 "added": [{ITEM_ID: item[ITEM_ID], "read_by": embedded[0].of(row)} for row, item in enumerate(items)],
                 "spare_items_left": {str(servable.version): self._beside(servable).left for servable in takers},
@@ -197,7 +228,8 @@ class NewItems:
             UnknownModel, UnknownItem: there is no such model, or no version of it that is served has such an item.
             InvalidRequest: an id that none can be; LimitExceeded for too many.
             NotPossible: a version has such an item and cannot withdraw any.
-            NotWritable: the disk refuses. ServingError: the journal or the encoders of a version cannot be read.
+            Overloaded: other calls are busy for longer than WAIT_S, or CALLS of them wait.
+            NotWritable: the disk refuses. ServingError: the journal cannot be read.
         """
         return self._mark(model, item_ids, WITHDRAW)
 
@@ -208,30 +240,49 @@ class NewItems:
     def _mark(self, model: str, item_ids: Sequence[str], action: str) -> dict[str, Any]:
         _check_ids(item_ids)
         item_ids = list(dict.fromkeys(item_ids))
-        with self._lock, self._journal.alone(), self._leased(model) as servables:
-            for servable in filter(_takes, servables):
-                self._catch_up(servable)
-            known = {servable.version: self._recommending.catalogue(servable).rows.keys() for servable in servables}
-            for item in item_ids:
-                if not any(item in ids for ids in known.values()):
-                    raise UnknownItem(f"the catalogue has no item '{item[:100]}'.")
-            knowing = [servable for servable in servables if not known[servable.version].isdisjoint(item_ids)]
+        with self._turn(), self._journal.alone(), self._leased(model) as servables:
+            late = [servable for servable in filter(_takes, servables) if not self._caught_up(servable)]
+            knowing = self._knowing(servables, item_ids)
             for servable in knowing:
-                if not _withdraws(servable):
-                    raise NotPossible(
-                        f"version {servable.version} of '{servable.name}' cannot withdraw items; publish one that was "
-                        "exported with export.spare_items above 0."
-                    )
-            self._journal.append(knowing[0].name, [{ITEM_ID: item} for item in item_ids], action)
+                _check_change(servable, WITHDRAW_ITEMS, _marked(item_ids, action == RESTORE))
+            items = [{ITEM_ID: item} for item in item_ids if self._changes(knowing, item, action == RESTORE)]
+            if items:
+                self._journal.append(knowing[0].name, items, action)
             for servable in knowing:
-                self._offer(servable, item_ids, action == RESTORE)
-                self._is_up_to_date(servable)
+                if servable in late:  # what it does not have yet stands in the journal before this
+                    self._settle(servable)
+                else:
+                    self._offer(servable, item_ids, action == RESTORE)
+                    self._is_up_to_date(servable, items, action)
             return {"item_ids": item_ids, "versions": [servable.version for servable in knowing]}
+
+    def _knowing(self, servables: Sequence[Servable], item_ids: Sequence[str]) -> list[Servable]:
+        """The versions that know one of the items. Raises UnknownItem where none knows one of them, NotPossible where a
+        version that does cannot withdraw it."""
+        known = {servable.version: self._recommending.catalogue(servable).rows.keys() for servable in servables}
+        for item in item_ids:
+            if not any(item in ids for ids in known.values()):
+                raise UnknownItem(f"the catalogue has no item '{item[:100]}'.")
+        knowing = [servable for servable in servables if not known[servable.version].isdisjoint(item_ids)]
+        for servable in knowing:
+            if not _withdraws(servable):
+                raise NotPossible(
+                    f"version {servable.version} of '{servable.name}' cannot withdraw items; publish one that was "
+                    "exported with export.spare_items above 0."
+                )
+        return knowing
+
+    def _changes(self, servables: Sequence[Servable], item: str, offered: bool) -> bool:
+        """Whether to offer an item, or not to, is new to the journal or to a version; else nothing is kept of it."""
+        if self._beside(servables[0]).offered.get(item, True) != offered:
+            return True
+        catalogues = [self._recommending.catalogue(servable) for servable in servables]
+        return any(item in found.rows and found.offers(item) != offered for found in catalogues)
 
     def listed(self, model: str) -> dict[str, Any]:
         """By version that is being served and takes new items: ids that were `added` and are `withdrawn`, and
-        `spare_items_left`. Raises UnknownModel, and ServingError as `add` does."""
-        with self._lock, self._leased(model) as servables:
+        `spare_items_left`. Raises UnknownModel, and Overloaded and ServingError as `add` does."""
+        with self._turn(), self._leased(model) as servables:
             versions = {}
             for servable in filter(_takes, servables):
                 self._catch_up(servable)
@@ -243,25 +294,39 @@ class NewItems:
     # ---- what others added -----------------------------------------------------------------------------------
 
     def prepare(self, servable: Servable) -> None:
-        """Gives a version everything of the journal, before it takes over. What cannot be read must not keep a model
-        from being served: it is logged, and tried again. Nor must a call that takes long: the version catches up."""
+        """Gives a version everything of the journal, before it takes over. New items that cannot be read must not keep
+        a model from being served: that is logged, and tried again. Nor must a call that takes long: the version
+        catches up. Withdrawn items stay withdrawn all the same.
+
+        Raises ServingError where it cannot be known what is withdrawn.
+        """
         if not self._lock.acquire(timeout=PATIENCE_S):
             logger.error("'%s' version %d gets its new items later: a call is busy", servable.name, servable.version)
+            if _takes(servable):
+                self._settle(servable)  # without the lock: nobody else has this version yet
             return
         try:
             if _takes(servable):
-                self._catch_up(servable)
-            elif lacking := self._lacking(servable):
-                logger.error(
-                    "'%s' version %d takes no new items (export.spare_items); %d of the journal are left out",
-                    servable.name,
-                    servable.version,
-                    lacking,
-                )
-        except Exception:  # a version without new items is better than none
-            logger.exception("the new items of the journal cannot be added to '%s'", servable.name)
+                self._caught_up(servable)
+            else:
+                self._say_what_lacks(servable)
         finally:
             self._lock.release()
+
+    def _say_what_lacks(self, servable: Servable) -> None:
+        """Logs what a version that takes no new items leaves out."""
+        try:
+            lacking = self._lacking(servable)
+        except Exception:  # nothing of the journal could be given to it anyway
+            logger.exception("the journal of new items cannot be compared with '%s'", servable.name)
+            return
+        if lacking:
+            logger.error(
+                "'%s' version %d takes no new items (export.spare_items); %d of the journal are left out",
+                servable.name,
+                servable.version,
+                lacking,
+            )
 
     def start(self) -> None:
         """Looks again and again, in a thread, for what other processes added, until `close`."""
@@ -298,45 +363,122 @@ class NewItems:
                 fine = False
             pause = WATCH_S if fine else min(2 * pause, LONGEST_WATCH_S)
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time. Raises Overloaded where others take too long, or too many wait for their turn."""
+        busy = Overloaded("other calls add or withdraw items just now; nothing was changed, try it again.", 1.0)
+        if not self._places.acquire(blocking=False):
+            raise busy
+        try:
+            if not self._lock.acquire(timeout=WAIT_S):
+                raise busy
+            try:
+                yield
+            finally:
+                self._lock.release()
+        finally:
+            self._places.release()
+
     def _catch_up(self, servable: Servable) -> None:
-        beside, seen = self._beside(servable), self._journal.size
-        entries, end = self._journal.read(beside.read)
-        ours = (entry for entry in entries if entry.model == servable.name)
-        for action, run in itertools.groupby(ours, key=lambda entry: entry.action):
-            while part := list(itertools.islice(run, TOGETHER)):
-                if self._stop.is_set():
-                    return
-                self._replay(servable, action, [entry.item for entry in part])
-                beside.read = part[-1].end  # not before: what an error cut short is tried again, and nothing twice
-        beside.read, beside.seen = end, seen
+        """Gives a version what of the journal it does not have."""
+        self._grow(servable, self._settle(servable))
+
+    def _caught_up(self, servable: Servable) -> bool:
+        """Whether a version could be given everything of the journal; what is withdrawn is withdrawn from it anyway.
+        Raises ServingError where the journal cannot be read."""
+        coming = self._settle(servable)
+        try:
+            self._grow(servable, coming)
+        except Exception:  # a version without new items is better than none
+            logger.exception("the new items of the journal cannot be added to '%s'", servable.name)
+            return False
+        return True
+
+    def _settle(self, servable: Servable) -> _Coming:
+        """Withdraws, and offers again, the items that a version has, by what was said of them last; or before they came
+        again, which only `_grow` can do. Needs no reader, and may be done at any time and any number of times.
+        """
+        beside, found = self._beside(servable), self._recommending.catalogue(servable)
+        size, end = self._journal.size, self._journal.end()
+        if end < beside.read:  # what the version has of another journal, it keeps
+            logger.error("the journal of new items is not the one that was read; it is read from its beginning")
+            beside.read, beside.fixed, beside.offered = 0, len(found.item_ids), {}
+        coming, offered = set[str](), dict[str, bool]()
+        for item_id, entry in self._ours(servable, end):
+            beside.offered[item_id] = entry.action != WITHDRAW
+            if entry.action == ADD and found.rows.get(item_id, beside.fixed) >= beside.fixed:
+                coming.add(item_id)
+            elif item_id not in coming:
+                offered[item_id] = entry.action != WITHDRAW
+        for wanted in (False, True):
+            self._replay_marked(servable, [item for item, word in offered.items() if word == wanted], wanted)
+        return _Coming(coming, end, size)
+
+    def _grow(self, servable: Servable, coming: _Coming) -> None:
+        """Does what the journal says of items that come, or come again, strictly in its order."""
+        beside = self._beside(servable)
+        entries = self._ours(servable, coming.end) if coming.item_ids else ()
+        ours = (entry for item_id, entry in entries if item_id in coming.item_ids)
+        try:
+            for action, run in itertools.groupby(ours, key=lambda entry: entry.action):
+                while part := list(itertools.islice(run, TOGETHER)):
+                    if self._stop.is_set():
+                        return
+                    self._replay(servable, action, [entry.item for entry in part])
+                    beside.read = part[-1].end  # not before: what an error cut short is tried again, and nothing twice
+        except Exception:
+            self._settle(servable)  # of those that came, some may have been withdrawn behind what failed
+            raise
+        beside.read, beside.seen = coming.end, coming.size
+        beside.fixed = self._recommending.catalogue(servable).trained
+
+    def _ours(self, servable: Servable, end: int) -> Iterator[tuple[str, Entry]]:
+        """With their ids, the entries up to a byte of the journal that a version does not have."""
+        for entry in self._journal.read(self._beside(servable).read, end):
+            if entry.model == servable.name:
+                yield entry.item[ITEM_ID], entry
 
     def _lacking(self, servable: Servable) -> int:
         """How many items of the journal a version that takes none does not know, or offers although withdrawn."""
         catalogue, offered = self._recommending.catalogue(servable), dict[str, bool]()
-        for model, item, action, _ in self._journal.read()[0]:
+        for model, item, action, _ in self._journal.read():
             if model == servable.name:
                 offered[item[ITEM_ID]] = action != WITHDRAW
         return sum(catalogue.offers(item) != wanted for item, wanted in offered.items())
 
     def _replay(self, servable: Servable, action: str, items: Sequence[Item]) -> None:
         """Does what was accepted before to items, as far as this version can; the log says what it cannot."""
-        ids = [item[ITEM_ID] for item in items]
         if action == ADD:
             self._replay_added(servable, items)
-        elif _withdraws(servable):
-            self._offer(servable, ids, action == RESTORE)
         else:
-            logger.error("'%s' version %d cannot withdraw %d items", servable.name, servable.version, len(ids))
+            self._replay_marked(servable, [item[ITEM_ID] for item in items], action == RESTORE)
+
+    def _replay_marked(self, servable: Servable, item_ids: Sequence[str], offered: bool) -> None:
+        changed = self._unlike(servable, item_ids, offered)
+        if not changed:
+            return
+        if not _withdraws(servable):
+            logger.error("'%s' version %d cannot withdraw %d items", servable.name, servable.version, len(changed))
+            return
+        try:
+            self._offer(servable, changed, offered)
+        except (OSError, Overloaded):  # no fault of the items: it is tried again
+            raise
+        except Exception as error:  # as below, the other items must not suffer
+            if len(changed) > 1:
+                for item_id in changed:
+                    self._replay_marked(servable, [item_id], offered)
+                return
+            what = "restore" if offered else "withdraw"
+            logger.error("'%s' version %d cannot %s an item: %s", servable.name, servable.version, what, error)
 
     def _replay_added(self, servable: Servable, items: Sequence[Item]) -> None:
-        catalogue = self._recommending.catalogue(servable)
+        catalogue, beside = self._recommending.catalogue(servable), self._beside(servable)
         distinct = {item[ITEM_ID]: item for item in reversed(items)}
         missing = [item for item in items if catalogue.has_room_for(item[ITEM_ID]) and item is distinct[item[ITEM_ID]]]
-        # Withdrawn as a new item, and added anew; to this version it is no new one.
-        if again := [item for item in catalogue.withdrawn if item in distinct and not catalogue.has_room_for(item)]:
-            self._offer(servable, again, True)
         if not missing:
             return
+        _ = beside.reader  # before all else: what cannot be made is no fault of the items
         try:
             found = self._embedded(servable, [_for_reader(item) for item in missing])
             added = self._give(servable, [_fitting(catalogue, item) for item in missing], found)
@@ -349,7 +491,7 @@ class NewItems:
                 return
             added, reason = 0, str(error)
         else:
-            reason = f"it has {self._beside(servable).left} spare rows (export.spare_items), or reads nothing of them"
+            reason = f"it has {beside.left} spare rows (export.spare_items), or reads nothing of them"
         if added < len(missing):
             left_out = len(missing) - added
             logger.error("'%s' version %d lacks %d new items: %s", servable.name, servable.version, left_out, reason)
@@ -359,20 +501,25 @@ class NewItems:
     def _beside(self, servable: Servable) -> _Beside:
         beside = self._versions.get(servable.predictor)
         if beside is None:
-            try:
-                reader = self._reader(servable.folder)
-            except (EngineError, OSError, ValueError, LookupError) as error:
-                raise ServingError(
-                    f"version {servable.version} of '{servable.name}' must say how its encoders read items: {error}"
-                ) from error
-            beside = _Beside(reader, servable.predictor.manifest.limits[SPARE_ITEMS])
+            # It must not hold the version, whose end is the end of this.
+            make = functools.partial(self._read_by, servable.name, servable.version, servable.folder)
+            fixed = self._recommending.catalogue(servable).trained
+            beside = _Beside(make, servable.predictor.manifest.limits[SPARE_ITEMS], fixed)
             self._versions[servable.predictor] = beside
         return beside
 
-    def _is_up_to_date(self, servable: Servable) -> None:
-        """Notes that a version has everything of the journal."""
+    def _read_by(self, name: str, version: int, folder: Path) -> Reader:
+        try:
+            return self._reader(folder)
+        except (EngineError, OSError, ValueError, LookupError) as error:
+            what = f"version {version} of '{name}' must say how its encoders read items"
+            raise ServingError(f"{what}: {error}") from error
+
+    def _is_up_to_date(self, servable: Servable, items: Sequence[Item], action: str) -> None:
+        """Notes that a version has everything of the journal; at its end stands what was done to these items."""
         beside = self._beside(servable)
         beside.read = beside.seen = self._journal.size
+        beside.offered.update((item[ITEM_ID], action != WITHDRAW) for item in items)
 
     @contextlib.contextmanager
     def _leased(self, model: str) -> Iterator[list[Servable]]:
@@ -388,15 +535,16 @@ class NewItems:
     def _embedded(self, servable: Servable, items: Sequence[Item]) -> _Embedded:
         """Items with their images as bytes, for one version. Raises InvalidRequest where the reader does."""
         predictor, reader = servable.predictor, self._beside(servable).reader
+        together = min(TOGETHER, predictor.limits.rows)
         vectors, reasons = Arrays(), dict[str, list[str]]()
         for name, spec in predictor.manifest.signatures[ADD_ITEMS].inputs.items():
             if not name.startswith(EMBED):
                 continue
             content = name.removeprefix(EMBED)
             vectors[content], reasons[content] = np.zeros((len(items), spec.shape[1] or 0), np.float32), []
-            for start in range(0, len(items), TOGETHER):
+            for start in range(0, len(items), together):
                 try:
-                    inputs, available, why = reader.read(content, items[start : start + TOGETHER])
+                    inputs, available, why = reader.read(content, items[start : start + together])
                 except EngineError as error:
                     sentence = str(error).replace(str(servable.folder), f"version {servable.version}")
                     raise InvalidRequest(f"'{content}' cannot read the items: {sentence}") from error
@@ -408,30 +556,35 @@ class NewItems:
 
     def _give(self, servable: Servable, items: Sequence[Item], found: _Embedded) -> int:
         """Gives embedded items their rows, and the catalogue their cells; returns how many got one."""
-        inputs: dict[str, Any] = {EMBED + name: vectors for name, vectors in found.vectors.items()}
-        inputs[ITEM_ID] = [item[ITEM_ID] for item in items]
+        parts = _parts(servable, len(items))
+        return sum(self._give_part(servable, items[part], found.only(range(len(items))[part])) for part in parts)
+
+    def _give_part(self, servable: Servable, items: Sequence[Item], found: _Embedded) -> int:
         catalogue = self._recommending.catalogue(servable)
-        renewed = catalogue.with_items(
-            items, found.vectors, found.pictures
-        )  # what fails, fails before the graph has them
-        numbers = servable.predictor.predict(ADD_ITEMS, inputs)["number"]
+        # What fails, fails before the graph has them.
+        renewed = catalogue.with_items(items, found.vectors, found.pictures)
+        numbers = servable.predictor.predict(ADD_ITEMS, _added(items, found))["number"]
         rows = np.flatnonzero(numbers >= 0).tolist()
         if len(rows) < len(items):
-            embeddings = {name: vectors[rows] for name, vectors in found.vectors.items()}
-            pictures = [found.pictures[row] for row in rows]
-            renewed = catalogue.with_items([items[row] for row in rows], embeddings, pictures)
+            given = found.only(rows)
+            renewed = catalogue.with_items([items[row] for row in rows], given.vectors, given.pictures)
         self._recommending.renew(servable, renewed)
         self._beside(servable).left -= len(rows)
         return len(rows)
 
+    def _unlike(self, servable: Servable, item_ids: Sequence[str], offered: bool) -> list[str]:
+        """Those of the items that a version knows, and does not offer, or withdraws, as it ought to."""
+        found = self._recommending.catalogue(servable)
+        return [item for item in dict.fromkeys(item_ids) if item in found.rows and found.offers(item) != offered]
+
     def _offer(self, servable: Servable, item_ids: Sequence[str], offered: bool) -> None:
         """Withdraws or restores those of the items that a version knows."""
-        catalogue = self._recommending.catalogue(servable)
-        known = [item for item in dict.fromkeys(item_ids) if item in catalogue.rows]
-        if known:
-            servable.predictor.predict(WITHDRAW_ITEMS, {ITEM_ID: known, "withdrawn": [not offered] * len(known)})
-            changed = catalogue.with_again(known) if offered else catalogue.without(known)
-            self._recommending.renew(servable, changed)
+        changed = self._unlike(servable, item_ids, offered)
+        for part in _parts(servable, len(changed)):
+            servable.predictor.predict(WITHDRAW_ITEMS, _marked(changed[part], offered))
+            catalogue = self._recommending.catalogue(servable)
+            again = catalogue.with_again if offered else catalogue.without
+            self._recommending.renew(servable, again(changed[part]))
 
 
 @dataclass(frozen=True)
@@ -446,6 +599,37 @@ class _Embedded:
     def of(self, row: int) -> list[str]:
         """The contents that an item has."""
         return [name for name, vectors in self.vectors.items() if vectors[row].any()]
+
+    def only(self, rows: Sequence[int]) -> _Embedded:
+        """Some of the items."""
+        return _Embedded(
+            {name: vectors[list(rows)] for name, vectors in self.vectors.items()},
+            {name: [reasons[row] for row in rows] for name, reasons in self.reasons.items()},
+            [self.pictures[row] for row in rows],
+        )
+
+
+def _added(items: Sequence[Item], found: _Embedded) -> dict[str, Any]:
+    """The inputs of ADD_ITEMS."""
+    vectors = {EMBED + name: vectors for name, vectors in found.vectors.items()}
+    return {ITEM_ID: [item[ITEM_ID] for item in items], **vectors}
+
+
+def _marked(item_ids: Sequence[str], offered: bool) -> dict[str, Any]:
+    """The inputs of WITHDRAW_ITEMS."""
+    return {ITEM_ID: item_ids, "withdrawn": [not offered] * len(item_ids)}
+
+
+def _parts(servable: Servable, rows: int) -> list[slice]:
+    """Rows in parts that one call of a version may have."""
+    most = servable.predictor.limits.rows
+    return [slice(start, start + most) for start in range(0, rows, most)]
+
+
+def _check_change(servable: Servable, signature: str, inputs: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest where a version would refuse a change: what is in the journal has been accepted."""
+    for part in _parts(servable, len(inputs[ITEM_ID])):
+        servable.predictor.check(signature, {name: values[part] for name, values in inputs.items()})
 
 
 def _takes(servable: Servable) -> bool:

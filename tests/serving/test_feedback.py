@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import threading
 
 import pandas as pd
@@ -92,6 +94,48 @@ def test_a_disk_that_refuses_is_said(tmp_path, monkeypatch):
     log.append([Event(user_id="u", item_id="a")])  # as it was told to
     log.close()
     assert [line["item_id"] for line in lines(tmp_path)] == ["kept", "a"], "what was refused must not be kept as well"
+
+
+def test_the_names_of_its_files_are_on_the_disk(tmp_path, monkeypatch):
+    """Or a loss of power would take events that were acknowledged away with their file."""
+    now, folders, fsync = [86_400.0], [], os.fsync
+
+    def noted(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            folders.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", noted)
+    log = FeedbackLog(tmp_path / "log", clock=lambda: now[0])
+    assert folders == [tmp_path.stat().st_ino]
+    for _ in range(2):
+        log.append([Event(user_id="u", item_id="a")] * 2)
+        log.append([Event(user_id="u", item_id="b")])
+        now[0] += 86_400
+    log.close()
+    assert folders[1:] == [(tmp_path / "log").stat().st_ino] * 2, "once a day"
+
+
+def test_a_disk_that_refuses_the_file_of_a_new_day(tmp_path, monkeypatch):
+    """It is tried again with the next event."""
+    now, fsync = [86_400.0], os.fsync
+
+    def full(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    log = FeedbackLog(tmp_path, clock=lambda: now[0])
+    log.append([Event(user_id="u", item_id="a")])
+    now[0] += 86_400
+    with monkeypatch.context() as broken:
+        broken.setattr("os.fsync", full)
+        for _ in range(2):
+            with pytest.raises(ServingError, match="No space left on device"):
+                log.append([Event(user_id="u", item_id="refused")])
+    log.append([Event(user_id="u", item_id="b")])
+    log.close()
+    assert [line["item_id"] for line in lines(tmp_path)] == ["a", "b"]
 
 
 def test_training_reads_what_the_server_wrote(tmp_path):

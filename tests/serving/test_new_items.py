@@ -11,10 +11,12 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,12 +28,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import serving.items_journal
 import serving.new_items
 from fusion.errors import DataError
 from fusion.export.manifest import verify_manifest, write_manifest
 from loopback import Door, listening
 from new_item_shops import K_MAX, NEW, Shop, raw, two_shops
 from recsys.examples import ItemReader
+from serving.batching import BatchSettings
 from serving.errors import (
     ConfigurationRefused,
     Forbidden,
@@ -45,10 +49,12 @@ from serving.errors import (
     UnknownItem,
     UnknownModel,
 )
+from serving.feedback import append_whole
 from serving.items_journal import ADD, FILE, LOCK, RESTORE, WITHDRAW, Entry, ItemsJournal
+from serving.limits import Limits
 from serving.messages import RecommendRequest
 from serving.model_store import ModelConfig, ModelStore
-from serving.new_items import LARGEST_IMAGE, LONGEST_TEXT, MOST, MOST_IDS, NewItems
+from serving.new_items import CALLS, LARGEST_IMAGE, LONGEST_TEXT, MOST, MOST_IDS, NewItems
 from serving.predictor import Predictor
 from serving.recommending import Recommending
 from serving.rest_guard import RestSettings, uvicorn_config
@@ -108,8 +114,11 @@ class Server:
 
 
 @contextmanager
-def server(models: Path, journal: Path) -> Iterator[Server]:
-    store = ModelStore([ModelConfig("films", models)], prepare=lambda servable: new.prepare(servable))
+def server(
+    models: Path, journal: Path, limits: Limits | None = None, batching: BatchSettings | None = None
+) -> Iterator[Server]:
+    prepare: Any = lambda servable: new.prepare(servable)  # noqa: E731
+    store = ModelStore([ModelConfig("films", models)], limits, batching, prepare=prepare)
     recommending = Recommending(store, timeout_ms=60_000)
     new = NewItems(store, recommending, ItemsJournal(journal), ItemReader)
     try:
@@ -182,6 +191,21 @@ def test_added_by_the_door_and_answered_as_if_there_from_the_start(world: World,
                 "/v1/models/films:predict", {"signature_name": "add_items", "inputs": embedded(found)}
             )
             assert forbidden.status == 403 and "administrators" in forbidden.json["error"]
+
+
+def test_answers_that_are_kept_know_of_changes(world: World, models: Path, tmp_path: Path) -> None:
+    """O6: whoever asks again after an item came or went gets the new list."""
+    with server(models, tmp_path / "journal", batching=BatchSettings(keep=100)) as found:
+        before = found.ids()
+        assert found.ids() == before
+        found.new.withdraw("films", before[:1])
+        assert found.ids() == found.ids() and before[0] not in found.ids()
+        found.new.restore("films", before[:1])
+        assert found.ids() == before
+        asked = RecommendRequest(history=(world.old,), k=K_MAX, filters={"genres": ("new",)})
+        assert not found.recommending.recommend(asked).items
+        found.new.add("films", world.items)
+        assert len(found.recommending.recommend(asked).items) == NEW
 
 
 def embedded(found: Server) -> dict[str, Any]:
@@ -434,6 +458,167 @@ class TestWithdrawn:
                 call("films", item_ids)
         assert shared.new._journal.size == 0
 
+    def test_what_changes_nothing_is_not_kept(self, world: World, models: Path, tmp_path: Path) -> None:
+        """Or whoever asks again and again would fill the disk, and each start would read all of it."""
+        journal, new = ItemsJournal(tmp_path / "journal"), world.items[0]["item_id"]
+        with server(models, tmp_path / "journal") as found:
+            found.new.restore("films", [world.old])
+            assert journal.size == 0
+            found.new.add("films", world.items[:1])
+            found.new.restore("films", [new])
+            found.new.withdraw("films", ["i01"])
+            size = journal.size
+            for _ in range(2):
+                assert found.new.withdraw("films", ["i01"]) == {"item_ids": ["i01"], "versions": [1]}
+            assert journal.size == size
+            found.new.withdraw("films", ["i01", "i02", new])
+            found.new.restore("films", ["i03", new])
+        said = [(entry.action, entry.item["item_id"]) for entry in journal.read()]
+        assert said == [(ADD, new), *((WITHDRAW, item) for item in ("i01", "i02", new)), (RESTORE, new)]
+        with server(models, tmp_path / "journal") as second:  # what it knows of the journal, it has read
+            second.new.withdraw("films", ["i02"])
+            second.new.restore("films", [new])
+        assert len(list(journal.read())) == len(said)
+
+    def test_more_than_a_call_may_have_rows(self, world: World, models: Path, tmp_path: Path) -> None:
+        """Changes are made in parts; and what a version would refuse does not come into the journal, or nobody could
+        add or withdraw anything ever after."""
+        ids, longer = [f"i{number:02d}" for number in range(5)], {**world.items[0], "item_id": "longer than that"}
+        with server(models, tmp_path / "journal", Limits(rows=2, id_bytes=8)) as found:
+            assert found.new.withdraw("films", ids)["item_ids"] == ids
+            assert found.ids(include=(*ids, "i07"), history=("i05",)) == ["i07"]
+            found.new.add("films", world.items)
+            assert found.known[-NEW:] == [item["item_id"] for item in world.items]
+            size = found.new._journal.size
+            with pytest.raises(LimitExceeded, match="every id must have at most 8 bytes"):
+                found.new.add("films", [longer])
+            with found.store.lease() as servable:
+                found.recommending.renew(servable, found.recommending.catalogue(servable).with_items([longer]))
+            with pytest.raises(LimitExceeded, match="every id must have at most 8 bytes"):
+                found.new.withdraw("films", ["i09", longer["item_id"]])
+            assert found.new._journal.size == size
+            found.new.restore("films", ids)
+            before = found.ids(include=tuple(ids), history=("i05",))
+        with server(models, tmp_path / "journal", Limits(rows=2)) as second:
+            assert second.known[-NEW:] == [item["item_id"] for item in world.items]
+            assert second.ids(include=tuple(ids), history=("i05",)) == before and set(before) == set(ids)
+
+    def test_one_that_cannot_be_withdrawn_keeps_no_other_back(
+        self,
+        world: World,
+        models: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Nor the items that come after it in the journal."""
+        with server(models, tmp_path / "journal") as found, found.store.lease() as servable:
+            predict = servable.predictor.predict
+
+            def refuses(signature: str, inputs: Any) -> Any:
+                if signature == "withdraw_items" and "i01" in inputs["item_id"]:
+                    raise InvalidRequest("not this one.")
+                return predict(signature, inputs)
+
+            monkeypatch.setattr(servable.predictor, "predict", refuses)
+            journal = ItemsJournal(tmp_path / "journal")
+            journal.append("films", [{"item_id": item} for item in ("i00", "i01", "i02")], WITHDRAW)
+            journal.append("films", world.items[:1])
+            assert found.new.catch_up() and found.known[-1] == world.items[0]["item_id"]
+            assert found.new.listed("films")["versions"]["1"]["withdrawn"] == ["i00", "i02"]
+            assert "'films' version 1 cannot withdraw an item: not this one." in caplog.text
+
+
+class TestWithdrawnFromLaterVersions:
+    """Whatever keeps new items out of a version: what is withdrawn is not listed by it."""
+
+    def test_by_one_without_a_reader(
+        self,
+        world: World,
+        models: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        one, two = world.items[:2]
+        gone = (world.old, "i01", "i02")
+        with server(models, tmp_path / "journal") as found:
+            found.new.withdraw("films", ["i01"])
+            found.new.add("films", [one])
+            found.new.withdraw("films", [world.old, one["item_id"]])
+            found.new.add("films", [{**two, "item_id": one["item_id"]}])
+            readers = found.new._reader
+
+            def broken(folder: Path) -> Any:
+                raise OSError(5, "Input/output error")
+
+            monkeypatch.setattr(found.new, "_reader", broken)
+            shutil.copytree(world.artifact, models / "2")
+            found.store.poll()
+            assert len(found.known) == 40 - NEW and "must say how its encoders read items" in caplog.text
+            assert "i02" in found.ids(include=gone, history=("i07",))
+            assert found.new.withdraw("films", ["i01", "i02"]) == {"item_ids": ["i01", "i02"], "versions": [2]}
+            assert found.ids(include=gone, history=("i07",)) == []
+            found.new.restore("films", ["i01"])
+            assert found.ids(include=gone, history=("i07",)) == ["i01"]
+            with pytest.raises(ServingError, match="version 2 of 'films' must say how its encoders read items"):
+                found.new.add("films", [two])
+            monkeypatch.setattr(found.new, "_reader", readers)
+            assert found.new.catch_up()
+            assert found.known == first_known(found, one, one)[:-1], "in the same rows as everywhere"
+            told = {"added": [one["item_id"]], "withdrawn": [world.old, "i02"], "spare_items_left": SPARE - 2}
+            assert found.new.listed("films") == {"versions": {"2": told}}
+
+    def test_by_one_that_is_loaded_while_a_call_is_busy(
+        self, world: World, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(serving.new_items, "PATIENCE_S", 0.05)
+        with server(models, tmp_path / "journal") as found:
+            found.new.withdraw("films", [world.old, "i01"])
+            found.new.restore("films", ["i01"])
+            shutil.copytree(world.artifact, models / "2")
+            with found.new._lock:
+                found.store.poll()
+            with found.store.lease() as servable:
+                assert servable.version == 2
+            assert found.ids(include=(world.old, "i01"), history=("i07",)) == ["i01"]
+
+    def test_where_that_cannot_be_known_a_version_is_refused(
+        self, world: World, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(_: Any) -> int:
+            raise ServingError("the journal of new items cannot be read.")
+
+        with server(models, tmp_path / "journal") as found:
+            found.new.withdraw("films", [world.old])
+            shutil.copytree(world.artifact, models / "2")
+            monkeypatch.setattr(ItemsJournal, "end", fails)
+            found.store.poll()
+            with found.store.lease() as servable:
+                assert servable.version == 1
+            assert "cannot be read" in {s.version: s.error for s in found.store.statuses("films")}[2]
+
+    def test_a_new_item_that_came_before_what_fails(
+        self, world: World, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is withdrawn, although that stands behind what fails."""
+        monkeypatch.setattr(serving.new_items, "TOGETHER", 1)
+        one, two = (item["item_id"] for item in world.items[:2])
+        with server(models, tmp_path / "journal") as found, found.store.lease() as servable:
+            predict = servable.predictor.predict
+
+            def fails(signature: str, inputs: Any) -> Any:
+                if signature == "add_items" and inputs["item_id"] == [two]:
+                    raise Overloaded("no memory")
+                return predict(signature, inputs)
+
+            monkeypatch.setattr(servable.predictor, "predict", fails)
+            journal = ItemsJournal(tmp_path / "journal")
+            journal.append("films", world.items[:2])
+            journal.append("films", [{"item_id": one}], WITHDRAW)
+            assert not found.new.catch_up()
+            assert found.known[-1] == one and found.recommending.catalogue(servable).withdrawn == [one]
+
 
 def first_known(found: Server, item: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """The catalogue's items, and the new ones row by row."""
@@ -476,7 +661,7 @@ def test_what_an_error_cut_short_is_tried_again(
         journal.append("films", [{"item_id": one["item_id"]}, {"item_id": world.old}], WITHDRAW)
         journal.append("films", [{"item_id": one["item_id"]}], RESTORE)
         journal.append("films", [two, three])
-        ends = [entry.end for entry in journal.read()[0]]
+        ends = [entry.end for entry in journal.read()]
         predict, faults = servable.predictor.predict, [OSError(5, "Input/output error"), Overloaded("no memory")]
 
         def fails(signature: str, inputs: Any) -> Any:
@@ -572,6 +757,75 @@ def test_a_call_that_hangs_keeps_no_version_back(
         store.close()
 
 
+def test_calls_do_not_wait_without_limit(shared: Server, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one that is busy, in this process or another one: they would take all threads of the door, and nobody could
+    roll back."""
+    calls = [
+        lambda: shared.new.add("films", world.items[:1]),
+        lambda: shared.new.withdraw("films", [world.old]),
+        lambda: shared.new.restore("films", [world.old]),
+        lambda: shared.new.listed("films"),
+    ]
+    monkeypatch.setattr(serving.new_items, "WAIT_S", 0.02)
+    monkeypatch.setattr(serving.items_journal, "WAIT_S", 0.02)
+    started = time.monotonic()
+    for call in calls:
+        with shared.new._lock, pytest.raises(Overloaded, match="other calls add or withdraw items") as refused:
+            call()
+        assert refused.value.retry_after
+    for call in calls[:3]:
+        with shared.new._journal.alone(), pytest.raises(Overloaded, match=r"has been busy for 0\.02 s"):
+            call()
+    assert time.monotonic() - started < 2.0
+    assert shared.new.listed("films") and shared.new._journal.size == 0
+
+
+def test_few_calls_wait(shared: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beyond CALLS are refused at once, so that the door has threads for other orders however many come; when the
+    busy one has ended, those that waited are answered."""
+    answers: list[Any] = []
+    monkeypatch.setattr(serving.new_items, "WAIT_S", 60.0)
+    threads = [threading.Thread(target=lambda: answers.append(shared.new.listed("films"))) for _ in range(CALLS)]
+    with shared.new._lock:
+        for thread in threads:
+            thread.start()
+        limit = time.monotonic() + 10
+        while shared.new._places._value and time.monotonic() < limit:
+            time.sleep(0.01)
+        started = time.monotonic()
+        with pytest.raises(Overloaded, match="other calls add or withdraw items"):
+            shared.new.listed("films")
+        assert time.monotonic() - started < 1.0 and not answers
+    for thread in threads:
+        thread.join(10)
+    assert len(answers) == CALLS and shared.new.listed("films")
+
+
+def test_a_journal_that_became_shorter_is_read_anew(
+    world: World, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator may have put an older one back. What was done once is not done twice."""
+    journal, (one, two, three) = ItemsJournal(tmp_path / "journal"), world.items
+    file = tmp_path / "journal" / FILE
+    with server(models, tmp_path / "journal") as found:
+        found.new.add("films", [one])
+        found.new.withdraw("films", [one["item_id"], "i01"])
+        found.new.add("films", [{**two, "item_id": one["item_id"]}])
+        found.new.withdraw("films", ["i02"])
+        before = [*found.known]
+        older = file.read_bytes()
+        found.new.restore("films", ["i02"])
+        file.write_bytes(older)
+        assert found.new.catch_up() and "read from its beginning" in caplog.text
+        told = {"added": [one["item_id"]], "withdrawn": ["i01", "i02"], "spare_items_left": SPARE - 2}
+        assert found.new.listed("films") == {"versions": {"1": told}} and found.known == before
+        journal.append("films", [three])
+        journal.append("films", [{"item_id": one["item_id"]}], WITHDRAW)
+        journal.append("films", [{**two, "item_id": one["item_id"]}])
+        assert found.new.catch_up()
+        assert found.known == [*before, three["item_id"], one["item_id"]], "from there on all is as ever"
+
+
 def test_a_reader_that_fails_is_one_sentence_without_a_path(
     world: World, shared: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,26 +859,97 @@ def test_a_journal_needs_a_reader(tmp_path: Path) -> None:
 class TestJournal:
     def test_damaged_and_torn_lines_are_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         journal, file = ItemsJournal(tmp_path / "new" / "folder"), tmp_path / "new" / "folder" / FILE
-        assert journal.read() == ([], 0) and journal.size == 0
+
+        def read(start: int = 0) -> tuple[list[Entry], int]:
+            return list(journal.read(start)), journal.end()
+
+        assert read() == ([], 0) and journal.size == 0
         journal.append("films", [{"item_id": "ü", "year": 1.5}, {"item_id": "b", "genres": ["x"]}])
         whole = file.read_bytes()
-        entries, end = journal.read()
+        entries, end = read()
         half = whole.index(b"\n") + 1
         assert entries == [
             Entry("films", {"item_id": "ü", "year": 1.5}, ADD, half),
             Entry("films", {"item_id": "b", "genres": ["x"]}, ADD, len(whole)),
         ]
-        assert journal.read(half) == (entries[1:], end)
-        assert end == len(whole) == journal.size and journal.read(end) == ([], end)
+        assert read(half) == (entries[1:], end)
+        assert end == len(whole) == journal.size and read(end) == ([], end)
+        assert list(journal.read(0, half)) == entries[:1]
+        file.write_bytes(whole + b"x" * 200_000)
+        assert read() == (entries, end) and "cut off" in caplog.text
         file.write_bytes(whole + whole[:30])
-        assert journal.read() == (entries, end) and "cut off" in caplog.text
+        assert read() == (entries, end)
         journal.append("films", [{"item_id": "c"}], WITHDRAW)
-        found, end = journal.read(end)
+        found, end = read(end)
         assert found == [Entry("films", {"item_id": "c"}, WITHDRAW, end)] and "damaged, at byte" in caplog.text
         file.write_bytes(file.read_bytes().replace(b'"withdraw"', b'"restore"'))
-        assert journal.read() == (entries, file.stat().st_size), "what was changed counts as damaged"
+        assert read() == (entries, file.stat().st_size), "what was changed counts as damaged"
         file.write_bytes(whole.replace(b'"b"', b'"z"') + b'{"sha256": 5}\n[]\n' + b"[" * 5000 + b"\n\xff\n")
-        assert [entry.item["item_id"] for entry in journal.read()[0]] == ["ü"]
+        assert [entry.item["item_id"] for entry in journal.read()] == ["ü"]
+
+    def test_nobody_reads_what_is_taken_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another process waits until it is known whether an append is kept, and misses none that follows."""
+        one, other, seen = ItemsJournal(tmp_path), ItemsJournal(tmp_path), list[Any]()
+        one.append("films", [{"item_id": "a"}])
+        place = other.end()
+        reader = threading.Thread(target=lambda: seen.append((list(other.read(place)), other.end())))
+
+        def full(_: int) -> None:
+            reader.start()
+            time.sleep(0.1)
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", full)
+            with pytest.raises(NotWritable, match="No space left"):
+                one.append("films", [{"item_id": "refused" * 20}])
+        reader.join(10)
+        assert seen == [([], place)]
+        one.append("films", [{"item_id": "b"}])
+        assert [entry.item["item_id"] for entry in other.read(place)] == ["b"]
+
+    def test_an_append_that_hangs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its readers hang for a while only."""
+        journal = ItemsJournal(tmp_path)
+        monkeypatch.setattr(serving.items_journal, "WAIT_S", 0.02)
+        refused: list[Any] = []
+
+        def hangs(file: Any, content: bytes) -> None:
+            with pytest.raises(Overloaded, match="has been busy for"):
+                journal.end()
+            refused.append(content)
+            append_whole(file, content)
+
+        monkeypatch.setattr(serving.items_journal, "append_whole", hangs)
+        journal.append("films", [{"item_id": "a"}])
+        assert len(refused) == 1 and journal.end() == journal.size > 0
+
+    def test_one_line_at_a_time_is_in_memory(self, tmp_path: Path) -> None:
+        """With the pictures of all new items a journal has hundreds of megabytes, and every version reads it."""
+        journal, image = ItemsJournal(tmp_path), "A" * 200_000
+        journal.append("films", [{"item_id": f"n{number}", "image": image} for number in range(40)])
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in journal.read()) == 40
+            assert tracemalloc.get_traced_memory()[1] < 10 * len(image) < journal.size / 3
+        finally:
+            tracemalloc.stop()
+
+    def test_its_name_is_on_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And its folder's: a file is lost with its folder's entry, however often it was synchronised itself."""
+        folders, fsync = list[int](), os.fsync
+
+        def noted(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                folders.append(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", noted)
+        journal = ItemsJournal(tmp_path / "new" / "folder")
+        assert folders == [tmp_path.stat().st_ino, (tmp_path / "new").stat().st_ino]
+        for item in ("a", "b"):
+            journal.append("films", [{"item_id": item}])
+        assert folders[2:] == [(tmp_path / "new" / "folder").stat().st_ino], "once, before the first"
 
     def test_a_full_disk_adds_nothing(
         self, world: World, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -646,7 +971,7 @@ class TestJournal:
         journal = ItemsJournal(tmp_path)
         (tmp_path / FILE).mkdir()
         with pytest.raises(ServingError, match="cannot be read; the disk answered 'Is a directory'") as refused:
-            journal.read()
+            list(journal.read())
         assert str(tmp_path) not in str(refused.value)
         (tmp_path / LOCK).unlink()
         (tmp_path / LOCK).mkdir()
