@@ -182,6 +182,7 @@ def _write_artifact(
             path.rename(aside / path.name)
         model.rmdir()
         checks = write_others(aside)
+        write_atomically(aside / "report.html", task.run.path("report.html").read_bytes())  # a server shows it
         files = {path.relative_to(aside).as_posix(): signatures_in(path) for path in aside.rglob("*.tflite")}
         write_manifest(aside, Manifest(**manifest, signatures=signatures_of(aside), tflite=files))
         loaded = load_savedmodel(aside)

@@ -59,7 +59,11 @@ PAGE_FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/page.svg": ("page.svg", "image/svg+xml"),
 }
-PAGE_CALLS = ("catalogue", "items", "image")
+REPORT = "report.html"
+"""The page of the run that an artifact was made by, among its files."""
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+"""It has its styles and pictures within, and no script."""
+PAGE_CALLS = ("catalogue", "items", "image", "report")
 """Only the page asks these."""
 SERVING_DEFAULT = "serving_default"
 SHOWN_USERS = 50
@@ -152,7 +156,15 @@ class Rest:
                 "users": found.user_ids[:SHOWN_USERS],
                 "user_count": len(found.user_ids),
                 "figures": figures,
+                "report": REPORT in manifest.files,
             }
+
+    def report(self, call: Call) -> Any:
+        with self.store.lease(**self._shown(call)) as servable:
+            if REPORT not in servable.predictor.manifest.files:
+                raise UnknownItem("the artifact has no report of its run.")
+            content = (servable.folder / REPORT).read_bytes()
+        return Response(content, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
 
     def items(self, call: Call) -> Any:
         wanted, limit = call.query.getlist("id")[:MOST_ITEMS], call.query.get("limit", "10")

@@ -26,6 +26,7 @@ ITEMS = [f"i{n}" for n in range(8)]
 USERS = ["u0", "u1", "ü 2"]
 K_MAX = 6
 MEMBERS = ("likes", "text", "image")
+REPORT = b"<!doctype html><title>films</title>"
 POSTER = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
@@ -279,4 +280,5 @@ def write_tables(folder: Path) -> Mapping[str, FileEntry]:
     np.save(folder / "item_vectors.npy", vectors)
     (folder / "posters").mkdir(exist_ok=True)
     (folder / "posters" / "i0.png").write_bytes(POSTER)
+    (folder / "report.html").write_bytes(REPORT)
     return write_manifest(folder, Manifest(kind="recommender", members=MEMBERS)).files

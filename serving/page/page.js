@@ -63,6 +63,8 @@ async function about() {
     make("tr", {}, make("td", { textContent: name }), make("td", { textContent: Number(value.toPrecision(4)) })));
   at("figures").replaceChildren(...rows);
   at("figures-box").hidden = !rows.length;
+  at("report").hidden = !state.about.report || Boolean(state.token); // a link carries no token
+  at("report").href = ofModel("v1/report");
   recall();
   likes();
 }

@@ -394,7 +394,8 @@ class TestArtifact:
         assert {n: s.shape for n, s in outputs.items()} == {
             "item_ids": (None, 12), "scores": (None, 12), "contributions": (None, 3, 12), "known_user": (None,),
         }  # fmt: skip
-        assert {"core.tflite", "items.parquet", "users.parquet", "saved_model.pb"} <= set(manifest.files)
+        tables = {"items.parquet", "users.parquet", "report.html"}
+        assert {"core.tflite", "saved_model.pb", *tables} <= set(manifest.files)
         told = manifest.items["vectors"]
         vectors = np.load(folder / told["file"])
         assert vectors.dtype == told["dtype"] and [*vectors.shape] == told["shape"] and told["made_of"] == "text"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from certificates import Authority
-from fake_serving import ITEMS, MEMBERS, POSTER, FakeServable, FakeStore, write_tables
+from fake_serving import ITEMS, MEMBERS, POSTER, REPORT, FakeServable, FakeStore, write_tables
 from loopback import listening
 from serving.errors import BodyTooLarge, InvalidRequest, LimitExceeded
 from serving.feedback import FeedbackLog
@@ -646,6 +646,11 @@ def test_catalogue_items_and_images(door):
     assert image.content == POSTER and image.headers["content-type"] == "image/png"
     for item in ("i1", "none", "..%2f..%2fmanifest.json"):
         refused(door.get(f"/v1/items/{item}/image"), 404)
+    report = door.get("/v1/report")
+    assert (
+        answer["report"] is True and report.content == REPORT and report.headers["content-type"].startswith("text/html")
+    )
+    assert "script-src" not in (policy := report.headers["content-security-policy"]) and "default-src 'none'" in policy
     refused(door.get("/v1/items?limit=51"), 400, "'limit' must be between 1 and 50")
     refused(door.get("/v1/items?limit=x"), 400)
 
@@ -780,7 +785,7 @@ def test_administration_is_a_door_of_its_own(store, tokens):
 
 def test_without_a_page_nobody_is_listed(store, recommending):
     with listening(uvicorn_config(app(store, recommending, SETTINGS, page=False), SETTINGS)) as door:
-        for path in ("/", "/page.js", "/v1/catalogue", "/v1/items", "/v1/items/i0/image"):
+        for path in ("/", "/page.js", "/v1/catalogue", "/v1/items", "/v1/items/i0/image", "/v1/report"):
             assert door.get(path).status == 404
         assert door.post("/v1/feedback", {"events": []}).status == 404
         assert not {"/v1/feedback", "/v1/items"} & set(door.get("/openapi.json").json["paths"])
