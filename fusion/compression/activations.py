@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 from pydantic import Field
 
 from fusion.compat import keras, tf
@@ -17,13 +18,13 @@ from fusion.compression.base import (
     CompressionData,
     FineTuned,
     Method,
+    MethodSettings,
     check_representative,
     clone,
     fine_tune,
     input_names,
 )
 from fusion.compression.codes import LIMITS
-from fusion.config import Settings
 from fusion.errors import GateError
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features
@@ -72,6 +73,14 @@ class ClipActivations(Method):
         """Bits of the activations that mse, kl and learned reckon with."""
         decay: float = Field(0.0005, ge=0, le=1)
         """What squares of learned bounds are multiplied by in the loss, which is what makes them small."""
+
+        @pydantic.model_validator(mode="after")
+        def _of_these_bounds(self) -> ClipActivations.Config:
+            read = {"percentile": ("percentile",), "learned": ("bits", "decay", "training")}.get(self.bounds, ("bits",))
+            idle = self.set_among(*({"percentile", "bits", "decay", "training"} - set(read)))
+            if idle:
+                raise ValueError(f"bounds: {self.bounds} reads no {', no '.join(sorted(idle))}; leave that out")
+            return self
 
     def apply(self, subject: Compressed, data: CompressionData) -> tuple[Compressed, Applied]:
         """Bounds every ReLU; facts hold the largest output, the bound, and the share of outputs beyond it."""
@@ -304,7 +313,7 @@ class SimpleActivations(Method):
     and was measured to be no faster without them.
     """
 
-    class Config(Settings):
+    class Config(MethodSettings):
         """Settings of simple activations."""
 
         activations: tuple[Literal["gelu", "sigmoid", "swish", "tanh"], ...] = Field(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import pydantic
 from pydantic import Field
 
 from fusion.compat import keras, tf
@@ -91,11 +92,13 @@ class Compressed:
         conversion: how its `.tflite` is written.
         coded_bytes: what the weights need in a code of their own (indices into a codebook, Huffman's code), where a
             method made one; no runtime reads it, so it counts for storage and transport alone.
+        huffman: whether that is counted with codes of unequal length; later steps count as the method did.
     """
 
     model: keras.Model
     conversion: Conversion = field(default_factory=Conversion)
     coded_bytes: int | None = None
+    huffman: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,27 @@ class Method(abc.ABC):
         """
 
 
-class FineTuned(Settings):
+class MethodSettings(Settings):
+    """Settings of a method; the training loops among them do all epochs, because nothing is validated in a step."""
+
+    @pydantic.field_validator("training", "repair", check_fields=False)
+    @classmethod
+    def _validates_nothing(cls, training: TrainingSettings | None) -> TrainingSettings | None:
+        asked = {"patience": training.patience > 0, "target": training.target is not None} if training else {}
+        idle = [name for name, there in asked.items() if there]
+        if idle:
+            raise ValueError(
+                f"a step does all of its epochs, because none is validated; leave out {' and '.join(idle)}"
+            )
+        return training
+
+    def set_among(self, *names: str) -> list[str]:
+        """Those of these settings that differ from their default. What is dumped names all of them, and is read again,
+        so that it does not count whether one was named."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+
+class FineTuned(MethodSettings):
     """Settings of methods that train."""
 
     training: TrainingSettings = TrainingSettings(epochs=3, batch_size=64, learning_rate=0.0005)

@@ -24,7 +24,7 @@ from fusion.compression.base import (
     told,
 )
 from fusion.compression.masks import fine_tune_sparse
-from fusion.compression.surgery import Anatomy, Place, changed_layers, facts_of, rebuild
+from fusion.compression.surgery import Anatomy, Place, facts_of, rebuild
 from fusion.errors import GateError
 from fusion.training.averaging import latest_statistics, set_statistics, statistics_of
 from fusion.types import derive_seed
@@ -47,8 +47,8 @@ class Channels(Method):
     LayerNormalization.
 
     BatchNormalization, frozen or not, then gets the statistics of training rows in the smaller model (Li et al. 2020,
-    https://arxiv.org/abs/2007.02491), and what was cut is trained, also where it was frozen, with the zeros of pruned
-    kernels kept. Scales and offsets of a frozen BatchNormalization stay.
+    https://arxiv.org/abs/2007.02491), and all layers are trained, also those that were frozen or lost nothing, with the
+    zeros of pruned kernels kept. Scales and offsets of a frozen BatchNormalization stay.
     """
 
     class Config(FineTuned):
@@ -99,7 +99,6 @@ class Channels(Method):
                 "Raise ratio, lower multiple, or choose other layers."
             )
         smaller = rebuild(anatomy, kept)
-        _train_what_was_cut(smaller, changed_layers(model, smaller))
         return smaller, alone, facts_of(anatomy, smaller)
 
     def _wanted(self, groups: list[Group], scores: np.ndarray) -> list[float]:
@@ -189,13 +188,6 @@ def _left_alone(anatomy: Anatomy, kept: np.ndarray, reasons: dict[int, str]) -> 
             continue
         alone[place.layer.name] = place.refusal or reasons[int(place.made[0])]
     return alone
-
-
-def _train_what_was_cut(model: keras.Model, names: list[str]) -> None:
-    for name in names:
-        layer = model.get_layer(name)
-        if not isinstance(layer, layers.BatchNormalization):
-            layer.trainable = True
 
 
 # ---- what a channel counts for ----------------------------------------------------------------------------------

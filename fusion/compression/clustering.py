@@ -28,7 +28,7 @@ from fusion.compression.base import (
     told,
 )
 from fusion.compression.codebooks import coded_bytes
-from fusion.compression.fake_quantization import SPARSE
+from fusion.compression.masks import zeros_in
 from fusion.errors import GateError
 
 layers = keras.layers
@@ -49,13 +49,14 @@ class Cluster(Method):
         """Settings of clustering."""
 
         clusters: int = Field(16, ge=3, le=256)
-        """Distinct values of a kernel, zero among them where it is sparse."""
+        """Distinct values of a kernel, zero among them where it has zeros."""
         initialisation: Literal["kmeans++", "linear", "density"] = "kmeans++"
         """Where centroids begin: k-means++; evenly between the extremes; or where weights are dense."""
         per_channel: bool = False
         """Whether each output channel of a Conv2D has `clusters` values of its own, as int8 has a scale for each."""
         huffman: bool = False
-        """Whether `coded_bytes` counts indices in codes of unequal length, frequent values in fewer bits."""
+        """Whether `coded_bytes`, also after later steps, counts indices in codes of unequal length, frequent values in
+        fewer bits."""
         layers: LayerPatterns = ()
         """Layers to cluster, by name or pattern; all that can be where none is named."""
 
@@ -76,7 +77,8 @@ class Cluster(Method):
         model = clone(tfmot().clustering.keras.strip_clustering(wrapped))
         size = coded_bytes(model, self.config.huffman)
         values = {name: len(np.unique(kernel_of(model.get_layer(name)))) for name in names}
-        return replace(subject, model=model, coded_bytes=size), Applied(alone, {"values": values, "coded_bytes": size})
+        changed = replace(subject, model=model, coded_bytes=size, huffman=self.config.huffman)
+        return changed, Applied(alone, {"values": values, "coded_bytes": size})
 
     def _unable(self, layer: keras.layers.Layer) -> str | None:
         kernel, clusters = kernel_of(layer).numpy(), self.config.clusters
@@ -109,7 +111,7 @@ class Cluster(Method):
             new.trainable = True
             new.build(layer.input_shape)
             new.set_weights(layer.get_weights())  # centroids are chosen when the wrapper is built
-            sparse = bool(np.mean(kernel_of(layer).numpy() == 0) >= SPARSE)
+            sparse = zeros_in(kernel_of(layer)) > 0
             return wrapper(
                 new, self.config.clusters, kinds[self.config.initialisation], sparse, self._by_channel(layer)
             )

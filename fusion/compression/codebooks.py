@@ -51,7 +51,8 @@ class CodedSettings(Settings):
     """Settings of methods that write kernels in codes."""
 
     huffman: bool = False
-    """Whether the bytes are counted with codes of unequal length, frequent levels in fewer bits."""
+    """Whether the bytes, also after later steps, are counted with codes of unequal length, frequent levels in fewer
+    bits."""
     layers: LayerPatterns = ()
     """Layers whose kernels are coded, by name or pattern; all with at least 256 weights where none is named."""
 
@@ -82,7 +83,8 @@ class Coder(Method):
                 "entropy": entropy(counts),
             }
         size = coded_bytes(model, self.config.huffman)
-        return replace(subject, model=model, coded_bytes=size), Applied(alone, {"layers": facts, "coded_bytes": size})
+        changed = replace(subject, model=model, coded_bytes=size, huffman=self.config.huffman)
+        return changed, Applied(alone, {"layers": facts, "coded_bytes": size})
 
 
 class Uniform(Coder):

@@ -18,9 +18,6 @@ from fusion.compression.base import kernel_of
 _quantization: Any = tfmot().quantization.keras
 _quantizers: Any = _quantization.quantizers
 
-SPARSE = 0.2
-"""From this share of zeros on a kernel was pruned, and its zeros are kept."""
-
 MOST_VALUES = 256
 """A kernel (or each of its output channels) with more distinct values was not clustered: int8 has no more."""
 
@@ -71,7 +68,8 @@ class Structure:
     """What a kernel owes to earlier steps, read off its weights.
 
     Attributes:
-        mask: 0 where a weight was pruned, else 1, of the kernel's shape; None for a kernel that is not sparse.
+        mask: 0 where a weight is zero, else 1, of the kernel's shape; None for a kernel without zeros. Training makes
+            none: zeros were pruned, or are so few that it costs nothing to keep them.
         groups: for each weight in C order the number of the value that it shares with others, int32 `[n]`; None for a
             kernel that is not clustered.
     """
@@ -82,7 +80,7 @@ class Structure:
     @classmethod
     def of(cls, kernel: np.ndarray) -> Structure:
         """Reads the structure of a kernel whose last axis is that of output channels."""
-        mask = (kernel != 0).astype(np.float32) if np.mean(kernel == 0) >= SPARSE else None
+        mask = (kernel != 0).astype(np.float32) if (kernel == 0).any() else None
         return cls(mask, _groups(kernel))
 
     @property

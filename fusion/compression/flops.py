@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 _ONE_AN_OUTPUT = frozenset(
-    "Abs Add AddV2 BiasAdd Div DivNoNan Elu Erf Exp Expm1 LeakyRelu Log Log1p Maximum Minimum Mul Neg Pow RealDiv "
+    "Abs Add AddV2 BiasAdd Div DivNoNan Elu Erf Erfc Exp Expm1 LeakyRelu Log Log1p Maximum Minimum Mul Neg Pow RealDiv "
     "Reciprocal Relu Relu6 Rsqrt Selu Sigmoid Softplus Sqrt Square SquaredDifference Sub Tanh Xdivy Xlogy".split()
 )
 _ONE_AN_INPUT = frozenset("ArgMax ArgMin L2Loss Max Mean Min Prod Sum".split())
@@ -19,6 +19,7 @@ _PER_OUTPUT = {"FusedBatchNormV3": 2, "LogSoftmax": 5, "Softmax": 5}
 """Of the normalisation a scale and a shift, as in inference; of softmax what TensorFlow's profiler counts."""
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 _LOOPS = ("While", "StatelessWhile")
+_CHOICES = ("If", "StatelessIf")
 
 
 def count_flops(function: Any) -> int:
@@ -26,9 +27,10 @@ def count_flops(function: Any) -> int:
 
     Products of matrices and convolutions count two for each multiplication; operations on single numbers, the bias
     among them, one; pooling one for each number that it looks at; what only moves, compares or selects numbers
-    nothing. A loop over a sequence counts once for each element, any other loop once. An axis of unknown length
-    counts as 1, as in a function of batch `[None, ...]` that is asked for the operations of one row; but in a graph
-    that looks for places (`tf.where(mask)`) as many as there are to be found, the most that it may have to do.
+    nothing. A loop over a sequence counts once for each element, any other loop once, and of two branches the larger
+    one. An axis of unknown length counts as 1, as in a function of batch `[None, ...]` that is asked for the operations
+    of one row; but in a graph that looks for places (`tf.where(mask)`) as many as there are to be found, the most that
+    it may have to do.
     """
     return _of_graph(function.graph)
 
@@ -50,6 +52,8 @@ def _of(operation: Any) -> int:
         return _of_graph(_called(operation, "f"))
     if kind in _LOOPS:
         return _turns(operation) * _of_graph(_called(operation, "body"))
+    if kind in _CHOICES:
+        return max(_of_graph(_called(operation, branch)) for branch in ("then_branch", "else_branch"))
     if not operation.outputs or not operation.outputs[0].dtype.is_floating:
         return 0
     if kind in _PRODUCTS:
@@ -58,6 +62,8 @@ def _of(operation: Any) -> int:
         return _size(operation.outputs[0]) * math.prod(operation.get_attr("ksize"))
     if kind in _ONE_AN_OUTPUT:
         return _size(operation.outputs[0])
+    if kind == "AddN":
+        return (len(operation.inputs) - 1) * _size(operation.outputs[0])
     if kind in _ONE_AN_INPUT:
         return _size(operation.inputs[0])
     return _PER_OUTPUT.get(kind, 0) * _size(operation.outputs[0])
@@ -117,14 +123,22 @@ def _of_transposed(operation: Any) -> int:
 
 
 def _of_einsum(operation: Any) -> int:
-    """One multiplication for each combination of all named axes."""
-    letters = operation.get_attr("equation").decode().partition("->")[0].split(",")
-    axes = {
-        letter: length
-        for term, tensor in zip(letters, operation.inputs, strict=True)
-        for letter, length in zip(term, _shape(tensor), strict=True)
-    }
+    """One multiplication for each combination of all axes, named or behind an ellipsis."""
+    terms = operation.get_attr("equation").decode().partition("->")[0].split(",")
+    axes: dict[str | int, int] = {}
+    for term, tensor in zip(terms, operation.inputs, strict=True):
+        lengths = _shape(tensor)
+        for axis, length in zip(_axes(term, len(lengths)), lengths, strict=True):
+            axes[axis] = max(length, axes.get(axis, 1))  # an axis of length 1 behind an ellipsis is repeated
     return math.prod(axes.values())
+
+
+def _axes(term: str, rank: int) -> list[str | int]:
+    """The names of the axes of an input; those that an ellipsis stands for are counted from their last, -1, as they
+    are aligned."""
+    before, ellipsis, after = term.partition("...")
+    unnamed = rank - len(before) - len(after) if ellipsis else 0
+    return [*before, *range(-unnamed, 0), *after]
 
 
 _PRODUCTS: dict[str, Callable[[Any], int]] = {

@@ -1,7 +1,10 @@
 """Gaussian constraint: a prior that draws weights to zero while they are trained, then a threshold.
 
-The prior of each weight is a Gaussian of mean zero. Its most probable weights given the rows are those of the loss plus
-a quadratic (L2) penalty: minus the logarithm of the density is w² / 2σ² and a constant (Bishop 2006, section 3.3).
+The prior of each weight is a Gaussian of mean zero: minus the logarithm of its density is w² / 2σ² and a constant, so
+that the most probable weights are those of the loss plus a quadratic (L2) penalty (Bishop 2006, section 3.3). Bayes has
+the penalty divided by the number of rows, beside the mean loss of a row. Here it is divided by the number of weights:
+networks have thousands of weights for each row, whose penalties together would leave nothing of the loss. So the prior
+has the form that Bayes gives it but not the weight, which is that of a prior of deviation σ · √(weights / rows).
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ class Gaussian(Method):
 
         deviation: float = Field(1.0, gt=0, allow_inf_nan=False)
         """σ, the standard deviation of the prior, in root mean squares of each kernel as it is at first: smaller ones
-        draw weights to zero more strongly."""
+        draw weights to zero more strongly. What is added to the loss begins at 1 / 2σ²."""
         threshold: float = Field(0.5, gt=0, le=10)
         """Weights become zero whose absolute value is below this many times the root mean square of their kernel."""
         layers: LayerPatterns = ()
         """Layers to constrain, or patterns of them; none stands for all."""
-        repair: TrainingSettings | None = None
-        """The training loop after the threshold, with zeros kept and without the prior; null does without."""
+        repair: TrainingSettings | None = TrainingSettings(epochs=3, batch_size=64, learning_rate=0.0005)
+        """The training loop after the threshold, with zeros kept and without the prior; null does without, and leaves a
+        model that lost two weights of five at once."""
 
     config: Config
 
@@ -45,6 +49,7 @@ class Gaussian(Method):
         model = clone(subject.model)
         sizes_before = _root_mean_squares(model, names)
         kernels = kernels_of(model, names)
+        weights = sum(int(np.prod(kernel.shape)) for kernel in kernels.values())
 
         def penalty() -> tf.Tensor:
             # l2_loss is half the sum of squares.
@@ -52,8 +57,7 @@ class Gaussian(Method):
                 tf.nn.l2_loss(kernel) / (self.config.deviation * sizes_before[name]) ** 2
                 for name, kernel in kernels.items()
             ]
-            # The loss is a mean over rows, so the prior's part in it is divided by them.
-            return tf.reduce_sum(tf.stack(parts)) / data.rows.n
+            return tf.reduce_sum(tf.stack(parts)) / weights
 
         fine_tune_sparse(model, data, self.config.training, penalty)
         sizes = _root_mean_squares(model, names)

@@ -79,7 +79,8 @@ class LowBit(Method):
                 "zeros": float((kernel.numpy() == 0).mean()),
             }
         size = coded_bytes(model, huffman=True)
-        return replace(subject, model=model, coded_bytes=size), Applied(alone, {"layers": facts, "coded_bytes": size})
+        changed = replace(subject, model=model, coded_bytes=size, huffman=True)
+        return changed, Applied(alone, {"layers": facts, "coded_bytes": size})
 
     def _why_not(self, model: keras.Model) -> Callable[[keras.layers.Layer], str | None]:
         kernels = [layer.name for layer in model.layers if kernel_of(layer) is not None]

@@ -24,6 +24,7 @@ from fusion.compression.base import (
     CompressionData,
     LayerPatterns,
     Method,
+    MethodSettings,
     answer_of,
     clone,
     fine_tune,
@@ -38,7 +39,6 @@ from fusion.compression.masks import (
     sparsity_facts,
     zeros_in,
 )
-from fusion.config import Settings
 from fusion.errors import GateError
 from fusion.training.trainer import TrainingSettings
 from fusion.types import derive_seed
@@ -60,7 +60,7 @@ class Prune(Method):
     any criterion has to beat.
     """
 
-    class Config(Settings):
+    class Config(MethodSettings):
         """Settings of pruning."""
 
         sparsity: Sparsity = 0.5
@@ -91,7 +91,7 @@ class Prune(Method):
                 raise ValueError("m_by_n and block are two patterns of zeros, of which only one can be had")
             if self.m_by_n and not self.m_by_n[0] < self.m_by_n[1]:
                 raise ValueError(f"m_by_n must be fewer zeros than weights, as in [2, 4]; received {list(self.m_by_n)}")
-            fixed = sorted({"sparsity", "schedule", "scope"} & self.model_fields_set)
+            fixed = self.set_among("schedule", "scope", "sparsity")
             if self.m_by_n and fixed:
                 raise ValueError(f"m_by_n says how many zeros there are, and where; leave out {', '.join(fixed)}")
             if self.block and self.scope == "global":

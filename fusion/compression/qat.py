@@ -95,7 +95,7 @@ class Qat(Method):
         }
         alone = {name: reason for name, reason in alone.items() if name not in simulated.folded}
         # What an earlier step counted was of other numbers.
-        coded = None if subject.coded_bytes is None else coded_bytes(simulated.model, huffman=True)
+        coded = None if subject.coded_bytes is None else coded_bytes(simulated.model, subject.huffman)
         result = replace(subject, model=simulated.model, conversion=Conversion("int8"), coded_bytes=coded)
         return result, Applied(alone, facts)
 

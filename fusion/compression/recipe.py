@@ -111,7 +111,7 @@ def _apply(part: Part, subject: Compressed, data: CompressionData) -> tuple[Comp
         raise kind(f"{part.kind}: {error}") from error
     counted = changed.coded_bytes is not None and changed.coded_bytes == subject.coded_bytes
     if counted and not _same_weights(subject.model, changed.model):
-        changed = replace(changed, coded_bytes=coded_bytes(changed.model, huffman=True))
+        changed = replace(changed, coded_bytes=coded_bytes(changed.model, changed.huffman))
     return changed, applied
 
 

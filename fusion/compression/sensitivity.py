@@ -13,7 +13,16 @@ import pydantic
 from pydantic import Field
 
 from fusion.compat import keras
-from fusion.compression.base import Applied, Compressed, CompressionData, LayerPatterns, Method, answer_of, clone
+from fusion.compression.base import (
+    Applied,
+    Compressed,
+    CompressionData,
+    LayerPatterns,
+    Method,
+    MethodSettings,
+    answer_of,
+    clone,
+)
 from fusion.compression.masks import (
     Sparsity,
     kernels_of,
@@ -22,7 +31,6 @@ from fusion.compression.masks import (
     repaired,
     sparsity_facts,
 )
-from fusion.config import Settings
 from fusion.errors import GateError
 from fusion.training.trainer import TrainingSettings
 
@@ -38,7 +46,7 @@ class PruneBySensitivity(Method):
     lose no more than `max_drop`.
     """
 
-    class Config(Settings):
+    class Config(MethodSettings):
         """Settings of the scan."""
 
         max_drop: float = Field(0.01, ge=0, allow_inf_nan=False)

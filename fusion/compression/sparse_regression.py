@@ -20,9 +20,17 @@ from sklearn.linear_model import lars_path_gram
 from threadpoolctl import threadpool_limits
 
 from fusion.compat import keras
-from fusion.compression.base import Applied, Compressed, CompressionData, LayerPatterns, Method, answer_of, clone
+from fusion.compression.base import (
+    Applied,
+    Compressed,
+    CompressionData,
+    LayerPatterns,
+    Method,
+    MethodSettings,
+    answer_of,
+    clone,
+)
 from fusion.compression.masks import Sparsity, layers_to_prune, magnitude_mask, repaired, sparsity_facts
-from fusion.config import Settings
 from fusion.progress import progress
 from fusion.training.trainer import TrainingSettings
 from fusion.types import Features, derive_seed
@@ -38,7 +46,7 @@ class SparseRegression(Method):
     minute or two, one with 384 inputs a few seconds. The Lasso takes many times as long; `layers` leaves layers out.
     """
 
-    class Config(Settings):
+    class Config(MethodSettings):
         """Settings of the regression."""
 
         sparsity: Sparsity = 0.5

@@ -107,6 +107,20 @@ def test_unknown_layers_are_refused(kind, model, tmp_path):
         part.make().apply(Compressed(model), digits_data(tmp_path))
 
 
+def test_loops_that_would_have_to_validate_are_refused():
+    """A step validates nothing, so that patience and a target would be settings without effect."""
+    refused = set()
+    for kind in METHODS:
+        student = {key: value for key, value in SETTINGS.get(kind, {}).items() if key == "student"}
+        for loop in {"training", "repair"} & METHODS[kind].Config.model_fields.keys():
+            for asked in ({"patience": 2}, {"target": 0.5}, {"patience": 2, "target": 0.5}):
+                message = rf"{kind}\.{loop}: a step does all of its epochs.*leave out {' and '.join(asked)}\."
+                with pytest.raises(ConfigError, match=message):
+                    parse_part(METHODS, {"kind": kind, **student, loop: asked}, kind)
+            refused.add((kind, loop))
+    assert {("prune", "training"), ("gaussian", "repair"), ("distil", "training")} <= refused
+
+
 def test_empty_and_undefined_samples_are_refused(model, tmp_path):
     """A representative set that is empty, or holds a number that is none, is refused before anything is done."""
     data = digits_data(tmp_path)

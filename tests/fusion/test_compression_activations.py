@@ -165,6 +165,23 @@ def test_bounds_from_sampled_outputs(net, data, rows):
     assert 0 < row["bound"] < row["largest"] / 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bounds": "mse", "percentile": 51}, "bounds: mse reads no percentile; leave that out"),
+        ({"bounds": "kl", "decay": 0.1, "training": {"epochs": 9}}, "bounds: kl reads no decay, no training; leave"),
+        ({"bits": 4}, "bounds: percentile reads no bits; leave that out"),
+        ({"bounds": "learned", "percentile": 99}, "bounds: learned reads no percentile"),
+    ],
+)
+def test_settings_of_other_bounds_are_refused(settings, message):
+    """L10: what nothing would read must not look as if it counted; defaults, which a dump names, say nothing."""
+    with pytest.raises(ConfigError, match=message):
+        parse(ClipActivations.Config, settings)
+    read = parse(ClipActivations.Config, {"bounds": settings.get("bounds", "percentile")})
+    assert parse(ClipActivations.Config, read.model_dump(mode="json")) == read
+
+
 def test_relus_that_cannot_be_bounded(tmp_path):
     """L10: one that is used twice is left alone under the name of its layer; a leaky one is no ReLU; one that is nearly
     always zero keeps what it has."""

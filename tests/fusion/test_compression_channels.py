@@ -442,14 +442,25 @@ def test_training_repairs_what_was_cut(tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
-def test_what_was_cut_is_trained_though_it_was_frozen(tmp_path):
-    """K11: a frozen encoder needs repair too; its normalisation keeps its statistics."""
-    model = digits_model()
+def test_all_layers_are_trained_though_they_were_frozen(tmp_path):
+    """K11: a frozen encoder needs repair too, also in the layers that lost nothing; its normalisation keeps its scale
+    and offset."""
+    model, data = digits_model(), digits_data(tmp_path)
     for layer in model.layers:
         layer.trainable = False
-    smaller, _, _ = pruning(ratio=0.25).cut(model, digits_data(tmp_path))
+    training = {"epochs": 1, "batch_size": 600}
+    compressed, applied = pruning(ratio=0.25, training=training).apply(Compressed(model), data)
+    assert list(applied.facts["channels"]) == ["block1_conv"]
+    smaller = compressed.model
     trained = [layer.name for layer in smaller.layers if layer.trainable_weights]
-    assert trained == ["block1_conv", "logits"]
+    assert trained == ["block0_conv", "block1_conv", "logits"]
+    cut, _, _ = pruning(ratio=0.25, training=training).cut(model, data)
+    for name in trained:
+        assert (smaller.get_layer(name).get_weights()[0] != cut.get_layer(name).get_weights()[0]).any()
+    for norm in ("block0_bn", "block1_bn"):
+        for part in ("gamma", "beta"):
+            ours, kept = (getattr(each.get_layer(norm), part).numpy() for each in (smaller, cut))
+            np.testing.assert_array_equal(ours, kept)
 
 
 def test_statistics_are_those_of_the_smaller_model(tmp_path):

@@ -487,6 +487,10 @@ def test_bytes_of_codes_are_those_of_the_weights(monkeypatch, tmp_path):
     assert moved.coded_bytes == coded_bytes(moved.model, huffman=True) > 3 * coded.coded_bytes
     with pytest.raises(GateError, match="codebook must make something of the model smaller"):
         chain({"kind": "codebook", "bits": 3}, {"kind": "codebook", "bits": 3})
+    for huffman in (False, True):
+        coder = {"kind": "codebook", "bits": 3, "huffman": huffman}
+        pruned = chain(coder, {"kind": "prune", "sparsity": 0.9, "training": None})
+        assert pruned.coded_bytes == coded_bytes(pruned.model, huffman) != coded_bytes(pruned.model, not huffman)
 
 
 # ---- one and two bits ----------------------------------------------------------------------------------------

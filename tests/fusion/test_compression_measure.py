@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ BIAS = 1
         (layers.DepthwiseConv2D(3, strides=2, padding="same"), (10, 12, 4), 5 * 6 * 4 * (2 * 3 * 3 + BIAS)),
         (layers.MaxPooling2D(2), (4, 6, 3), 2 * 3 * 3 * 2 * 2),
         (layers.EinsumDense("abc,cd->abd", (7, 5)), (7, 4), 2 * 7 * 4 * 5),
+        (layers.EinsumDense("...c,cd->...d", 5), (6, 7, 4), 2 * 6 * 7 * 4 * 5),
         # Each of 7 steps: 4 · 15 and 5 · 15 multiplications, two biases, and 11 operations on each of 5 numbers.
         (layers.GRU(5), (7, 4), 7 * (2 * (4 + 5) * 15 + 2 * 15 + 11 * 5)),
     ],
@@ -72,6 +74,32 @@ def test_operations_on_what_is_found_when_it_runs():
     assert count_flops(counted.get_concrete_function(tf.TensorSpec([2, 3]))) == 6
     doubled = tf.function(lambda numbers: 2.0 * numbers)
     assert count_flops(doubled.get_concrete_function(tf.TensorSpec([None, 3]))) == 3
+
+
+def counted(function, *shapes):
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    return count_flops(tf.function(function).get_concrete_function(*specs))
+
+
+def test_operations_of_sums_and_of_the_error_function():
+    """N1: a sum of three takes two additions; x · erfc(-x / √2) / 2, as GELU is written, five for each number."""
+    assert counted(lambda x: tf.add_n([x, x, x]), [10]) == 2 * 10
+    assert counted(lambda x: 0.5 * x * tf.math.erfc(-x * math.sqrt(0.5)), [10]) == 5 * 10
+
+
+def test_operations_of_the_larger_branch():
+    """N1: one of two branches is taken, and at most the larger one."""
+
+    def either(x):
+        return tf.cond(tf.reduce_sum(x) > 0, lambda: x @ tf.ones((4, 5)), lambda: tf.ones((2, 5)))
+
+    assert counted(either, [2, 4]) == 2 * 4 + 2 * 2 * 4 * 5  # the sum, and the product
+
+
+def test_operations_of_products_whose_axes_have_no_names():
+    """N1: axes behind an ellipsis are aligned at their end, and those of length 1 repeated."""
+    assert counted(lambda x, y: tf.einsum("...ab,...bc->...ac", x, y), [3, 1, 4, 5], [2, 5, 6]) == 2 * 3 * 2 * 4 * 5 * 6
+    assert counted(lambda x, y: tf.einsum("a...,ab->b...", x, y), [4, 7], [4, 5]) == 2 * 4 * 7 * 5
 
 
 @pytest.fixture(scope="module")

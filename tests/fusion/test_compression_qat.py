@@ -173,6 +173,19 @@ def test_indices_are_counted_in_bytes(clustered):
     assert compressed.coded_bytes == done.facts["coded_bytes"] == coded_bytes(compressed.model, huffman=True) < packed
 
 
+def test_few_zeros_stay_too(model, tmp_path):
+    """L6: of a kernel that was pruned by a seventh, and of one in which a weight is zero by accident."""
+    subject = pruned(model, "inside", sparsity=1 / 7)
+    kernel_of(subject.get_layer("before"))[3, 5].assign(0.0)
+    names = ["inside", "before"]
+    short = {"epochs": 1, "batch_size": 400, "learning_rate": 0.001}
+    compressed, done = applied(Cluster, subject, digits_data(tmp_path), layers=names, clusters=8, training=short)
+    for name in names:
+        before, after = (kernel_of(m.get_layer(name)).numpy() for m in (subject, compressed.model))
+        assert not after[before == 0].any()
+        assert 6 <= done.facts["values"][name] <= 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("initialisation", ["linear", "density"])
 def test_each_channel_may_have_its_own_values(model, tmp_path, initialisation):
@@ -211,6 +224,7 @@ def test_structure_is_read_off_the_weights():
     assert Structure.of(plain) == Structure(None, None)
     sparse = np.where(np.abs(plain) < 0.7, 0, plain)
     assert Structure.of(sparse).kept == "zeros"
+    assert Structure.of(np.where(np.arange(80).reshape(20, 4) == 5, 0, plain)).kept == "zeros"  # one of 80
     levels = np.array([-1, -0.5, 0.25, 2], np.float32)
     few = levels[random.integers(0, 4, (20, 4))]
     structure = Structure.of(few)
@@ -271,7 +285,7 @@ def chained(model, tmp_path_factory):
     """Kernels of all kinds in one network: pruned, clustered, both, and as they were."""
     data = digits_data(tmp_path_factory.mktemp("qat"))
     subject = shared(pruned(model, "stem", "project", "inside"), "project", "before")
-    compressed, done = applied(Qat, subject, data, training=SHORT)
+    compressed, done = applied(Qat, Compressed(subject, coded_bytes=7), data, training=SHORT)
     return subject, compressed, done, write_tflite(compressed, data.representative)
 
 
@@ -318,6 +332,13 @@ def test_zeros_and_shared_values_stay(chained):
     assert most_values(kernels["expand"]) > 6 and most_values(kernels["logits"]) > 6
     trained = kernel_of(compressed.model.get_layer("project").layer).numpy()
     assert np.abs(trained - kernel_of(subject.get_layer("project")).numpy()).max() > 1e-4
+
+
+def test_codes_are_counted_anew(chained):
+    """L6: where an earlier step counted them, and in codes of equal length as it did."""
+    _, compressed, _, _ = chained
+    assert compressed.coded_bytes == coded_bytes(compressed.model, huffman=False)
+    assert compressed.coded_bytes > coded_bytes(compressed.model, huffman=True)
 
 
 @pytest.mark.slow
