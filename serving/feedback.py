@@ -20,7 +20,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
-from serving.errors import InvalidRequest, LimitExceeded, ServingError
+from serving.errors import InvalidRequest, LimitExceeded, NotWritable, ServingError
 from serving.files import make_folder, sync_folder
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -73,7 +73,7 @@ class FeedbackLog:
     def append(self, events: Sequence[Event]) -> int:
         """Writes all of them, and returns their number once they are on the disk.
 
-        Raises LimitExceeded for more than MOST, ServingError when the disk refuses.
+        Raises LimitExceeded for more than MOST, NotWritable when the disk refuses.
         """
         if len(events) > MOST:
             raise LimitExceeded(f"a call may bring at most {MOST} events; received {len(events)}.")
@@ -86,7 +86,7 @@ class FeedbackLog:
             with self._lock:
                 append_whole(self._today(now), "".join(lines).encode("ascii"))
         except OSError as error:
-            raise ServingError(
+            raise NotWritable(
                 f"the feedback was not kept: the disk answered '{error.strerror}'. Send it again."
             ) from error
         return len(events)

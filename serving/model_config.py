@@ -27,7 +27,8 @@ class ModelConfig:
         latest: how many of the newest versions to serve, where `versions` is None.
         versions: serve exactly these, as far as they are there; an empty tuple serves all.
         labels: version by label.
-        canary: share from 0 to 1 of the requests without version and label that the version labelled `canary` gets.
+        canary: share from 0 to 1 of the requests without version and label that go to the version labelled `canary`;
+            without that label to the newest one, until the label `stable` names it.
     """
 
     name: str
@@ -46,6 +47,8 @@ def check_configs(models: Sequence[ModelConfig]) -> None:
             raise InvalidRequest(
                 f"every model must have a name of its own; received '{config.name[:100]}' twice or empty."
             )
+        if "\0" in str(config.folder):
+            raise InvalidRequest(f"the folder of '{config.name[:100]}' must be a path; it has a NUL character.")
         if config.latest < 1 or not 0 <= config.canary <= 1:
             raise InvalidRequest(
                 f"a model must serve at least 1 version and a canary share from 0 to 1; '{config.name}' has "
@@ -95,26 +98,28 @@ def read_model_config(path: Path) -> list[ModelConfig]:
         raise InvalidRequest(f"{path} must be a ModelServerConfig in text form: {error}.") from error
 
 
-def named_models(folder: Path, name: str = "", canary: float = 0.0) -> list[ModelConfig]:
+def named_models(folder: Path, name: str = "", canary: float = 0.0, latest: int | None = None) -> list[ModelConfig]:
     """What a folder holds: one artifact, the versions of a model, a run's `export` folder, or a folder of models.
 
     Args:
         folder: any of these.
         name: of the model; '' takes the folder's. A folder of several models keeps their own.
-        canary: share of the version labelled so.
+        canary: share of the newest version (`ModelConfig`).
+        latest: versions of each model that are kept loaded; None is 2 where there is a canary, else 1.
 
     Returns [] where there is nothing to serve.
     """
-    folder = folder.absolute()
+    folder, latest = folder.absolute(), latest or (2 if canary else 1)
     if version_folders(folder).get(1) == folder and folder.name.isdecimal():
         return [ModelConfig(name or folder.parent.name, folder.parent, versions=(int(folder.name),), canary=canary)]
     if version_folders(folder):
-        return [ModelConfig(name or folder.name, folder, canary=canary)]
+        return [ModelConfig(name or folder.name, folder, latest, canary=canary)]
     for shelf in (folder / "export", folder):
         models = _shelved(shelf)
         if models:
             return [
-                ModelConfig(name if name and len(models) == 1 else model.name, model, canary=canary) for model in models
+                ModelConfig(name if name and len(models) == 1 else model.name, model, latest, canary=canary)
+                for model in models
             ]
     return []
 

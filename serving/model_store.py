@@ -61,8 +61,9 @@ from serving.warmup import WARM_UP_S, warm_up
 
 logger = logging.getLogger(__name__)
 
-CANARY = "canary"
-"""The label whose version gets a share of the requests that name neither version nor label."""
+CANARY, STABLE = "canary", "stable"
+"""Labels: of the version that gets a share of the requests that name neither version nor label, and of the one that
+needs no trial any more."""
 MEMORY_FACTOR = 1.2
 """A loaded SavedModel takes about this many times the bytes of its files; the number of TensorFlow Serving."""
 GRAPH_FILES = (GRAPH_FILE, "variables/", "assets/")
@@ -398,10 +399,12 @@ class ModelStore:
         return model.versions[number]
 
     def _unnamed(self, model: _Model, available: list[int], key: str) -> int:
-        """The newest version, or the canary for its share."""
+        """The newest version; where a share goes to a canary, that or the newest of the others."""
         if not available:
             raise UnknownModel(f"Servable not found for request: Latest({model.config.name})")
-        canary, share = model.config.labels.get(CANARY), model.config.canary
+        labels, share = model.config.labels, model.config.canary
+        unproven = available[-1] if labels.get(STABLE) != available[-1] else None
+        canary = labels.get(CANARY, unproven)
         others = [number for number in available if number != canary]
         if not share or canary not in available or not others:
             return available[-1]

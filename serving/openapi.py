@@ -101,9 +101,7 @@ OPERATIONS: Sequence[Operation] = (
         {**ONE_MODEL, "id": "of an item; may be repeated", "search": "the text", "limit": "how many, at most 50"},
     ),
     Operation("GET", "/v1/items/{item_id}/image", "image", "The picture of an item.", None, ONE_MODEL, kind="image/*"),
-    Operation(
-        "GET", "/v1/report", "report", "The page of a model's run.", None, ONE_MODEL, kind="text/html"
-    ),
+    Operation("GET", "/v1/report", "report", "The page of a model's run.", None, ONE_MODEL, kind="text/html"),
     Operation("GET", "/healthz", "healthz", "Whether the process answers.", open=True),
     Operation("GET", "/readyz", "readyz", "Whether every model has a version that is loaded and warm.", open=True),
     Operation(

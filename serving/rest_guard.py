@@ -7,6 +7,7 @@ its headers; a large body while it comes; the rest before it is parsed (`serving
 from __future__ import annotations
 
 import asyncio
+import asyncio.constants
 import ipaddress
 import json
 import logging
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
@@ -238,6 +240,7 @@ class Guard:
 
         try:
             self._check_host(scope, headers.get("host", ""))
+            self._check_origin(scope["method"], headers)
             if self._tokens is not None and scope["path"] not in self._open:
                 facts["caller"] = self._tokens.check(headers.get("authorization"))
             await self._app(scope, receive, answer)
@@ -264,6 +267,16 @@ class Guard:
         open_here = self._tokens is None and _is_address(here) and ipaddress.ip_address(here).is_loopback
         if self._hosts or open_here:
             raise Forbidden(f"this door is not asked as '{name[:100]}'; an operator may allow more names.")
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        """A browser says which page sends something. None of another server may: nobody asked its reader."""
+        if method in ("GET", "HEAD", "OPTIONS"):  # these change nothing, and browsers give no answer to such a page
+            return
+        origin = headers.get("origin")
+        theirs = urlsplit(origin).netloc if origin is not None else headers.get("host", "")
+        known = theirs == headers.get("host", "") or theirs.rpartition(":")[0].lower() in self._hosts
+        if not (known or theirs.lower() in self._hosts) or headers.get("sec-fetch-site") == "cross-site":
+            raise Forbidden("a page of another server sends this; only pages of this door may.")
 
 
 def _is_address(text: str) -> bool:
@@ -351,6 +364,8 @@ def uvicorn_config(
 ) -> uvicorn.Config:
     """How uvicorn must run an app of `serving.rest_server` so that all of its bounds hold."""
     protocol = type("Protocol", (PatientProtocol,), {"header_seconds": settings.header_seconds})
+    if tls is not None:  # uvicorn cannot be told, and without it a caller who never shakes hands is kept for a minute
+        asyncio.constants.SSL_HANDSHAKE_TIMEOUT = settings.header_seconds  # type: ignore[misc]
     return uvicorn.Config(
         app,
         host=host,

@@ -35,11 +35,11 @@ def positive(text: str) -> int:
     return number
 
 
-def drop(text: str) -> float:
-    """The type of an option that says how much may be lost."""
+def from_zero(text: str) -> float:
+    """The type of an option that is a number from 0 on."""
     number = float(text)
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from 0 on, as in 0.01; received {text}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, as in 0.01 or 20; received {text}")
     return number
 
 

@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every recipe, side by side in one table of Markdown")
     parser.add_argument("--budget", type=cli.size, help="search the best mix of recipes within so much, as in 5MB")
     parser.add_argument(
-        "--max-drop", type=cli.drop, help="the most that may be lost of the deciding metric (validation)"
+        "--max-drop", type=cli.from_zero, help="the most that may be lost of the deciding metric (validation)"
     )
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

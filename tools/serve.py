@@ -52,8 +52,22 @@ def main() -> int:
     parser.add_argument(
         "--keep-answers", type=cli.positive, metavar="N", help="for who asks the same again (default: none are kept)"
     )
-    parser.add_argument("--canary", type=share, default=0.0, help="share of requests for the version labelled canary")
-    parser.add_argument("--drain", type=float, default=20.0, metavar="SECONDS", help="time to finish when stopped")
+    parser.add_argument(
+        "--canary",
+        type=share,
+        default=0.0,
+        help="share of requests for the newest version until the label 'stable' names it, or for the one labelled "
+        "'canary'",
+    )
+    parser.add_argument(
+        "--latest",
+        type=cli.positive,
+        metavar="N",
+        help="versions kept loaded, so that a rollback loads nothing (default: 1, with a canary 2)",
+    )
+    parser.add_argument(
+        "--drain", type=cli.from_zero, default=20.0, metavar="SECONDS", help="time to finish when stopped"
+    )
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate of the server, PEM")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
     parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="who signs clients' certificates (mutual TLS)")
@@ -146,7 +160,7 @@ def models(args: argparse.Namespace) -> list[Any]:
         if not runs:
             raise ConfigError("'latest' needs a run below runs/; there is none. Run tools/train.py first.")
         folder = max(runs, key=lambda path: path.name)
-    found = named_models(folder, args.name, args.canary)
+    found = named_models(folder, args.name, args.canary, args.latest)
     if not found:
         raise ConfigError(
             f"{folder} must be an artifact, a folder of versions or models, or a run with an export; it is none. Run "

@@ -326,6 +326,21 @@ def test_the_canary_gets_its_share_and_keeps_its_users(make, shelf):
     assert ask(store, name="toy", version=2) == ask(store, name="toy", label="canary") == 2
 
 
+def test_the_newest_version_is_the_canary_until_it_is_stable(make, shelf):
+    """O10: a version that was just published gets its share and not everything, without a label."""
+    for number in (1, 2):
+        artifact_at(shelf / str(number))
+    store = make(ModelConfig("toy", shelf, latest=2, canary=0.1))
+    assert [ask(store) for _ in range(100)].count(2) == 10
+    artifact_at(shelf / "3")
+    store.poll()
+    assert sorted({ask(store) for _ in range(100)}) == [2, 3] and [ask(store) for _ in range(100)].count(3) == 10
+    store.assign_label("toy", "stable", 3)
+    assert {ask(store) for _ in range(100)} == {3}
+    store.assign_label("toy", "canary", 2)  # the other way round
+    assert [ask(store) for _ in range(100)].count(2) == 10
+
+
 def test_rollback_under_load_loses_no_request(make, shelf):
     """O10: v1 is loaded again before v2 goes; what is published later is served as usual."""
     artifact_at(shelf / "1")
@@ -435,6 +450,7 @@ def test_a_reload_that_fails_changes_nothing(make, shelf, tmp_path):
         ([ModelConfig("broken", broken.parent)], NotPossible),
         ([ModelConfig("toy", shelf), ModelConfig("toy", shelf)], InvalidRequest),
         ([ModelConfig("toy", shelf, canary=2.0)], InvalidRequest),
+        ([ModelConfig("toy", Path("/models/\0"))], InvalidRequest),
         ([ModelConfig("toy", shelf, labels={"stable": 9})], NotPossible),
     ):
         with pytest.raises(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio.constants
 import base64
 import dataclasses
 import gzip
@@ -191,6 +192,16 @@ def test_feedback_is_kept(door):
     assert door.post("/v1/feedback", {"events": events}).json == {"kept": 2}
     refused(door.post("/v1/feedback", {"events": [{"user_id": "u0"}]}), 400, "item_id")
     refused(door.post("/v1/feedback", []), 400, "feedback must be")
+
+
+def test_feedback_that_the_disk_refuses_is_to_be_sent_again(door, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.fsync", full)
+        reply = door.post("/v1/feedback", {"events": [{"user_id": "u0", "item_id": "i0"}]})
+    refused(reply, 507, "No space left on device", "Send it again")
 
 
 # ---- TensorFlow Serving's API --------------------------------------------------------------------------------
@@ -728,6 +739,43 @@ def test_without_names_of_its_own_a_door_with_tokens_answers_to_any(store, recom
         with listening(uvicorn_config(app(store, recommending, SETTINGS, given), SETTINGS)) as door:
             assert door.get("/healthz", host="shop.example").status == status
             assert door.get("/healthz", host="localhost").status == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"origin": "http://127.0.0.1:9", "host": "127.0.0.1:9", "sec-fetch-site": "same-origin"}, 200),
+        ({"origin": "https://shop.example", "host": "backend"}, 200),
+        ({"origin": "https://shop.example:444"}, 200),
+        ({"origin": "http://evil.example", "sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"origin": "http://127.0.0.1:3000", "host": "127.0.0.1:9", "sec-fetch-site": "same-site"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "https://shop.example.evil.example"}, 403),
+    ],
+)
+def test_pages_of_other_servers_send_nothing(store, recommending, headers, status):
+    """R8: a browser sends a form or plain text for any page; feedback must not come from strangers' pages."""
+    settings = dataclasses.replace(SETTINGS, hosts=frozenset({"shop.example", "backend"}))
+    with listening(uvicorn_config(app(store, recommending, settings), settings)) as door:
+        reply = door.post("/v1/recommend", {"k": 1}, **{"content-type": "text/plain", **headers})
+        assert reply.status == status
+        if status == 403:
+            refused(reply, 403, "a page of another server")
+            assert door.get("/v1/catalogue", **headers).status == 200  # which no browser gives to that page
+
+
+def test_callers_who_never_shake_hands_are_left(store, recommending, tmp_path, monkeypatch):
+    """R8: TLS begins within the time that headers have, or the connection is closed."""
+    monkeypatch.setattr(asyncio.constants, "SSL_HANDSHAKE_TIMEOUT", asyncio.constants.SSL_HANDSHAKE_TIMEOUT)
+    authority, settings = Authority(tmp_path), dataclasses.replace(SETTINGS, header_seconds=0.3)
+    tls = Tls(*authority.issue("server"))
+    with listening(uvicorn_config(app(store, recommending, settings), settings, tls=tls)) as door:
+        with socket.create_connection(("127.0.0.1", door.port), timeout=10) as silent:
+            started = time.monotonic()
+            assert silent.recv(1) == b""
+            assert time.monotonic() - started < 5
 
 
 def test_mutual_tls(store, recommending, tmp_path):

@@ -302,7 +302,8 @@ def test_what_a_folder_holds(artifact, tmp_path):
         ("films", shelf / "films"),
     ]
     assert named_models(shelf) == named_models(tmp_path / "run")
-    assert named_models(shelf / "films", canary=0.1) == [ModelConfig("films", shelf / "films", canary=0.1)]
+    assert named_models(shelf / "films", canary=0.1) == [ModelConfig("films", shelf / "films", 2, canary=0.1)]
+    assert named_models(shelf / "films", canary=0.1, latest=3)[0].latest == 3
     assert named_models(shelf / "films" / "3", name="x") == [ModelConfig("x", shelf / "films", versions=(3,))]
     assert named_models(tmp_path / "run" / "nothing") == named_models(tmp_path) == []
 
