@@ -64,7 +64,6 @@ def applied(task: Any, served: str) -> Applied | None:
     exported = copy.copy(task)
     again = task.to_export(task.rule_to_serve(served).members)
     exported.fitted = {**task.fitted, **again}
-    exported.test_members = {member: fitted.member for member, fitted in exported.fitted.items()}
     compression = KINDS[task.OVER](exported, name, recipe)
     compression.folder = task.run.path(FOLDER, _EXPORTED, name)
     return Applied(compression, report)
@@ -95,7 +94,7 @@ def write_ranking(task: Any, found: Applied, core: RankingCore, folder: Path) ->
     Returns how the files compare with the compressed members in memory, and what the manifest says of the recipe.
     """
     compression: RankingCompression = found.compression
-    compression.task.test_scores = core.members
+    compression.task.member_scores = core.members
     facts, what = compression.members(), f"recipe {compression.name} in memory"
     small = compression.core(after=True)
     checks = [write_core(task, small, folder, what), *write_members(task, small, folder, what)]

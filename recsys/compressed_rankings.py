@@ -19,14 +19,14 @@ from fusion.compression.measure import latency, litert_answer
 from fusion.compression.recipe import compress, untouched
 from fusion.config import Part, content_hash
 from fusion.embeddings import take
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, GateError
 from fusion.export.litert import Runner
 from fusion.export.tflite import convert
 from fusion.files import load_arrays, save_arrays, write_atomically
 from fusion.progress import progress
 from fusion.training.batches import Rows
 from fusion.types import Features, RunOptions
-from recsys.collaborative.base import PADDING, Member
+from recsys.collaborative.base import PADDING
 from recsys.collaborative.content import Content, read_items, unit_table
 from recsys.collaborative.tables import pack
 from recsys.compression import PARTS, Compression, Values
@@ -55,7 +55,11 @@ SCORES = "scores"
 
 
 class RankingCompression(Compression):
-    """One recipe over the members of a ranking."""
+    """One recipe over the members of a ranking, before and after, as they were fitted on training rows.
+
+    Where `evaluation.refit` adds the validation rows before the test, what was refitted is left alone: validation would
+    have nothing to say of it. The figures on test are then of the members without these rows.
+    """
 
     OVER = "candidates"
 
@@ -64,7 +68,7 @@ class RankingCompression(Compression):
         if self.recipe.student:
             self._taught = self._distilled()
             return {}
-        self._after = {name: self.task.test_members[name] for name in self.rule.members}
+        self._after = self._before()
         facts = {}
         for name, member in self._after.items():
             steps = self.steps_for(name, network=isinstance(member, Content))
@@ -177,12 +181,17 @@ class RankingCompression(Compression):
             if tables is not None:
                 pack(scorer, tables.bits)
             return StudentCore(scorer, self.task.interactions.shape[1])
-        members: dict[str, Member] = self._after if after else {n: self.task.test_members[n] for n in self.rule.members}
-        scores = MemberScores(members, self.task.test_scores.counts)
-        if after and self.recipe.tables is not None:
-            for scorer in scores.scorers:
-                pack(scorer, self.recipe.tables.bits, self.recipe.tables.mass)
+        scores = MemberScores(self._after if after else self._before(), self.task.member_scores.counts)
+        tables = self.recipe.tables
+        if after and tables is not None and not sum(pack(s, tables.bits, tables.mass) for s in scores.scorers):
+            raise GateError(
+                f"nothing of recipe {self.name} was of use: it packs tables, and the members that are served "
+                f"({', '.join(self.rule.members)}) score by none."
+            )
         return RankingCore(scores, self.rule)
+
+    def _before(self) -> dict[str, Any]:
+        return {name: self.task.fitted[name].member for name in self.rule.members}
 
     @functools.cache  # noqa: B019  (one recipe lives as long as its report)
     def _lists(self, after: bool) -> dict[str, Values]:

@@ -84,7 +84,9 @@ class Rule(_Strict):
     """`log`, `rollback` (from the version that the alarm is about to the one before), {webhook: URL},
     {drop_member: NAME}, {command: [..]}."""
     cool_down_s: float = Field(300.0, ge=0)
-    """Seconds in which the rule does nothing again."""
+    """Seconds in which the rule does nothing again about the same series of the same version (with `rollback`, of the
+    same model). What is still wrong then is acted upon again, as soon as the monitor raises it again
+    (`MonitorSettings.again_s`)."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
 
@@ -139,7 +141,7 @@ class Handler:
         self.rules = tuple(rules)
         self._do = do
         self._clock = clock
-        self._last: dict[int, float] = {}
+        self._last: dict[tuple[int, str, int | None], float] = {}
         self._running: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
         self._over = False
         self._alarms: queue.Queue[Alarm | None] = queue.Queue(PENDING)
@@ -165,17 +167,21 @@ class Handler:
     def _work(self) -> None:
         while (alarm := self._alarms.get()) is not None:
             for number, rule in enumerate(self.rules):
-                if rule.fits(alarm) and self._ready(number, rule):
+                if rule.fits(alarm) and self._ready(number, rule, alarm):
                     for action in rule.do:
                         if self._over:
                             return
                         self._follow(rule, action, alarm)
 
-    def _ready(self, number: int, rule: Rule) -> bool:
-        now, last = self._clock(), self._last.get(number)
+    def _ready(self, number: int, rule: Rule, alarm: Alarm) -> bool:
+        """Whether the rule may act. What else goes wrong meanwhile is news, so each series of a version rests apart; but
+        what also comes after a rollback was not the version's fault, and must not lead from one to the next."""
+        version = None if "rollback" in rule.do else alarm.version
+        about = number, alarm.series, version
+        now, last = self._clock(), self._last.get(about)
         if last is not None and now - last < rule.cool_down_s:
             return False
-        self._last[number] = now
+        self._last[about] = now
         return True
 
     def _follow(self, rule: Rule, action: Action, alarm: Alarm) -> None:

@@ -18,7 +18,9 @@ artifact does not know get no rows and are named in the summary.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -41,6 +43,7 @@ from serving.errors import InvalidRequest, NotPossible, NotWritable
 from serving.inputs import Arrays, recommend_inputs
 from serving.messages import BEST, RecommendRequest
 from serving.recommending import NOBODY, SIGNATURES, Shortlist, check, check_weights, reweighed, spread, student_of
+from serving.recommending import _check_k as check_k
 
 if TYPE_CHECKING:
     from serving.predictor import Predictor
@@ -85,7 +88,7 @@ class Lists:
         request: what everybody is asked with; its user, history, time and model play no part.
         block: users of one call of the graph.
 
-    Raises InvalidRequest for a request that the artifact cannot answer.
+    Raises InvalidRequest for a request that the artifact cannot answer, LimitExceeded for a `k` beyond its limits.
     """
 
     def __init__(self, predictor: Predictor, folder: Path, request: RecommendRequest, block: int = 1024) -> None:
@@ -98,6 +101,7 @@ class Lists:
         check_weights(request.weights, self._names)
         self._catalogue = Catalogue(folder)
         self._include = self._allowed()
+        check_k(request.k, predictor.limits)
         strings = max(len(self._include), len(request.exclude), 1)
         self._rows = max(1, min(block, predictor.limits.rows, MOST_STRINGS // strings))
         self._longer = bool(request.weights) or request.diversity > 0
@@ -110,8 +114,8 @@ class Lists:
         wanted = list(self._request.include)
         if not self._request.filters:
             return wanted
-        found = self._catalogue.allowed(self._request.filters)
-        return [item for item in found if not wanted or item in set(wanted)] or [NOBODY]
+        found, chosen = self._catalogue.allowed(self._request.filters), set(wanted)
+        return [item for item in found if not chosen or item in chosen] or [NOBODY]
 
     def blocks(self, user_ids: Sequence[str]) -> Iterator[Block]:
         """The users' lists, some users at once, in their order."""
@@ -174,7 +178,8 @@ class Lists:
 def recommend_all(
     lists: Lists, user_ids: Sequence[str], out_parquet: str | Path, progress: Progress | None = None
 ) -> BatchSummary:
-    """Writes the lists of all users into one file, which takes its name only when it is complete.
+    """Writes the lists of all users into one file, which takes its name only when it is complete. What an earlier call
+    left that was killed is removed.
 
     Args:
         lists: makes them.
@@ -191,6 +196,7 @@ def recommend_all(
         if progress:
             progress(done, len(user_ids))
 
+    _clear(Path(out_parquet))
     held = _write(Path(out_parquet), lists, user_ids, {}, advance)
     return BatchSummary(held["rows"], held["answered"], tuple(held["unknown"]), time.perf_counter() - started)
 
@@ -429,10 +435,11 @@ def _aside(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     with _writing(path):
         try:
-            yield partial
-            with open(partial, "rb") as handle:
+            with open(partial, "xb") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX)  # until we end, however: `_clear` leaves it alone
+                yield partial
                 os.fsync(handle.fileno())
-            os.replace(partial, path)
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -440,6 +447,14 @@ def _aside(path: Path) -> Iterator[Path]:
             os.fsync(folder)  # or a power cut could undo the rename
         finally:
             os.close(folder)
+
+
+def _clear(path: Path) -> None:
+    """Removes what calls that were killed left beside `path`; what somebody still writes is locked."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), open(partial, "rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def _write_text(path: Path, text: str) -> None:

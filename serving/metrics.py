@@ -29,8 +29,8 @@ MICROSECONDS = tuple(10 * 1.8**step for step in range(33))
 """Upper bounds of the latency buckets: 10 µs to 24 minutes, those of TensorFlow Serving."""
 ROWS = tuple(float(2**step) for step in range(13))
 ROOT = ":tensorflow:serving:"
-SAME_EVERYWHERE = {"serving_version_state"}
-"""Gauges that say the same in every process, and are not added up."""
+NOT_ADDED = {"serving_version_state", "serving_drift"}
+"""Gauges that are not added up: of what several processes say, the largest stands."""
 
 Labels = tuple[str, ...]
 
@@ -89,6 +89,12 @@ class Metrics:
             _Metric("serving_kept_answers", "counter", "Calls that were answered without the graph.", ("model_name",)),
             _Metric("serving_unwatched", "counter", "Calls that the monitor had no time for.", ("model_name",)),
             _Metric("serving_queue_depth", "gauge", "Requests that wait for the graph.", ("model_name", "version")),
+            _Metric(
+                "serving_drift",
+                "gauge",
+                "Distance of the last requests from those of training.",
+                ("model_name", "version", "series", "measure"),
+            ),
             _Metric(
                 "serving_version_state",
                 "gauge",
@@ -163,7 +169,7 @@ class Metrics:
         for name, labels, sample in self._of_others():
             metric, key = self._metrics[name], (name, labels)
             own = samples.get(key, [0.0] * len(sample))
-            together = max if metric.name in SAME_EVERYWHERE else operator.add
+            together = max if metric.name in NOT_ADDED else operator.add
             samples[key] = [together(a, b) for a, b in zip(own, sample, strict=True)]
         lines = []
         for name, metric in self._metrics.items():

@@ -1,8 +1,9 @@
 """Watches what is asked and answered: rolling statistics against the training baseline, and alarms.
 
 A monitor keeps for each series the last `window` observations, as numbers of bins: a histogram of the present costs a
-counter, whatever the traffic. Every `every` requests it compares. An alarm is raised once when something goes wrong and
-may be raised again only after it was right in between, or after the cool-down of what handles it (`serving.actions`).
+counter, whatever the traffic. Every `every` requests it compares. An alarm is raised when something goes wrong, and
+again after it was right in between, or every `again_s` seconds while it stays wrong: what handles it may have been in
+a cool-down (`serving.actions`).
 
 | kind | what is compared | alarm when |
 |---|---|---|
@@ -39,6 +40,8 @@ MEMORY = 0.1
 """Weight of the newest group in the moving averages."""
 SETTLED = 20
 """Groups before a moving average is believed."""
+LASTING = 10
+"""Jumps in a row after which they are what is usual."""
 MILLISECONDS = "milliseconds"
 """The series of times."""
 SLOWER_MS = 5.0
@@ -66,6 +69,8 @@ class MonitorSettings(BaseModel):
     """Share of failed requests that is borne."""
     latency_factor: float = Field(3.0, gt=1)
     """How many times slower than at first is too slow."""
+    again_s: float = Field(60.0, gt=0)
+    """Seconds after which what is still wrong is raised again; a rule with a longer cool-down waits for that."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Monitor:
         self._latency: deque[float] = deque(maxlen=size)
         self._usual_ms: float | None = None
         self._groups = {name: _Moving() for name in (*baseline.numbers, MILLISECONDS)}
-        self._raised: set[tuple[Kind, str]] = set()
+        self._raised: dict[tuple[Kind, str], float] = {}  # when last, of what is wrong now
         self.requests = 0
 
     def observe(self, seen: Observation) -> None:
@@ -190,12 +195,16 @@ class Monitor:
                 self._rates[name].add(flag)
 
     def _compare(self) -> list[Alarm]:
-        """Alarms that were not raised at the comparison before."""
+        """Alarms of what was right at the comparison before, or was raised long enough ago."""
         found = [*self._drifts(), *self._changed_rates(), *self._errors(), *self._slower(), *self._spikes()]
-        keys = {(alarm.kind, alarm.series) for alarm in found}
-        new = [alarm for alarm in found if (alarm.kind, alarm.series) not in self._raised]
-        self._raised = keys
+        new = [alarm for alarm in found if alarm.at - self._last(alarm) >= self.settings.again_s]
+        last = {(alarm.kind, alarm.series): self._last(alarm) for alarm in found}
+        self._raised = last | {(alarm.kind, alarm.series): alarm.at for alarm in new}
         return new
+
+    def _last(self, alarm: Alarm) -> float:
+        """When an alarm of this kind was raised that still stands; -inf where none does."""
+        return self._raised.get((alarm.kind, alarm.series), -math.inf)
 
     def _alarm(self, kind: Kind, series: str, value: float, expected: float, sentence: str) -> Alarm:
         return Alarm(kind, series, float(value), float(expected), sentence, self._clock(), self._version)
@@ -310,6 +319,7 @@ class _Moving:
     def __init__(self) -> None:
         self._sum, self._n = 0.0, 0
         self._mean, self._variance, self._groups = 0.0, 0.0, 0
+        self._jumps = 0  # in a row
 
     def add(self, value: float) -> None:
         self._sum += value
@@ -318,8 +328,9 @@ class _Moving:
     def close(self) -> tuple[float, float, float]:
         """Ends a group: its mean, what was expected, and how many deviations lie between; 0 until settled.
 
-        A jump is not learned from, so that it does not become what is usual before somebody looked; when it stays, the
-        comparison of whole windows says so.
+        A jump is not learned from, so that it does not become what is usual before somebody looked. After LASTING of
+        them in a row the average starts anew, or it would stand still for good and no later jump be one; that a step
+        stays is for the comparison of whole windows to say.
         """
         if not self._n:
             return 0.0, self._mean, 0.0
@@ -328,7 +339,10 @@ class _Moving:
         away = value - expected
         usual = max(math.sqrt(self._variance), STEADY * abs(expected), 1e-12)
         deviations = abs(away) / usual if self._groups >= SETTLED else 0.0
-        if deviations <= SPIKE:
+        self._jumps = self._jumps + 1 if deviations > SPIKE else 0
+        if self._jumps == LASTING:
+            self._mean, self._variance, self._groups, self._jumps = 0.0, 0.0, 0, 0
+        elif deviations <= SPIKE:
             weight = max(MEMORY, 1 / (self._groups + 1))  # plain means at first
             self._mean += weight * away
             self._variance = (1 - weight) * (self._variance + weight * away * away)

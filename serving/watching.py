@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from fusion.export.baseline import Baseline, Series, of_classes, of_lists
 from serving.actions import CLOSE_S, Handler, Watch, ended
 from serving.errors import ServingError
 from serving.inputs import Arrays
-from serving.metrics import METRICS
+from serving.metrics import METRICS, Labels
 from serving.monitoring import Alarm, Monitor, Observation
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Watching:
         self._calls: queue.Queue[_Call | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name="watching", daemon=True)
         self._thread.start()
+        self._unwatch = METRICS.watch(self._gauges)
 
     def called(self, servable: Servable, signature: str, inputs: Arrays, answer: Answer, seconds: float) -> None:
         """Notes a call that has ended; returns at once.
@@ -91,8 +92,17 @@ class Watching:
         """The monitors' reports by `model/version`."""
         return {f"{name}/{version}": monitor.report() for (name, version), monitor in self._monitors.items()}
 
+    def _gauges(self) -> Iterator[tuple[str, Labels, float]]:
+        """How far each series is from training, of every version whose window is full."""
+        for which, found in self.report().items():
+            model, _, version = which.rpartition("/")
+            for series, distances in found["drift"].items():
+                for measure, distance in distances.items():
+                    yield "serving_drift", (model, version, series, measure), distance
+
     def close(self, within_s: float = CLOSE_S) -> None:
         """Ends after what waits is counted and acted upon, or without it once so many seconds have passed."""
+        self._unwatch()
         limit = time.monotonic() + within_s
         if not ended(self._thread, self._calls, within_s):
             logger.error("the calls that wait to be counted take too long; they are left")

@@ -57,6 +57,12 @@ def main() -> int:
     many = [args.users, args.filter, args.diversity, args.profile == "fast", args.shard_users, args.beam_option]
     if not args.all and (any(many) or args.engine == "beam"):
         parser.error("--users, --filter, --diversity, --profile, --shard-users and --engine go with --all")
+    if args.beam_option and args.engine != "beam":
+        parser.error("--beam-option goes with --engine beam")
+    if any(like_any) and (args.exclude or args.include):
+        parser.error("--exclude and --include go with --user, --history or --all")
+    if args.member is not None and args.like_text is None and args.like_image is None:
+        parser.error("--member goes with --like-text or --like-image")
     if args.all and args.out.suffix == ".parquet" and (args.engine == "beam" or args.shard_users):
         parser.error("--engine beam and --shard-users write a folder; give one to --out, without .parquet")
 
@@ -197,11 +203,14 @@ def everybody(args: argparse.Namespace, predictor: Any, folder: Path) -> int:
     from serving.messages import RecommendRequest
 
     users = read_users(args.users, folder)
+    filters: dict[str, tuple[str, ...]] = {}
+    for column, values in args.filter:
+        filters[column] = (*filters.get(column, ()), *values)
     request = RecommendRequest(
         k=args.k,
         exclude=tuple(args.exclude),
         include=tuple(args.include),
-        filters={column: tuple(values) for column, values in args.filter},
+        filters=filters,
         diversity=args.diversity,
         profile=args.profile,
     )
@@ -242,7 +251,10 @@ def read_users(listed: Path | None, folder: Path) -> list[str]:
         raise ConfigError(f"{what} must be there; {path} is not. Name another file, or export the run again.")
     try:
         if path.suffix == ".parquet":
-            return [str(user) for user in read_column(path, "user_id")]
+            users = read_column(path, "user_id")
+            if None in users:
+                raise ValueError("a row has no user_id")
+            return [str(user) for user in users]
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
     except ValueError as error:  # of pyarrow and of Unicode
         reason = str(error).splitlines()[0][:200].rstrip(".")

@@ -211,12 +211,16 @@ def heaviest(weight: np.ndarray, mass: float) -> np.ndarray:
     return result
 
 
-def pack(scorer: tf.Module, bits: Bits, mass: float = 1.0) -> None:
-    """Packs all tables of a scorer; lists of neighbours keep what makes up `mass` of each, in 8 bits."""
+def pack(scorer: tf.Module, bits: Bits, mass: float = 1.0) -> int:
+    """Packs all tables of a scorer, and says how many; lists of neighbours keep what makes up `mass` of each, in 8
+    bits."""
+    packed = 0
     for module in (scorer, *scorer.submodules):
+        packed += isinstance(module, Table | Numbers | NeighbourLists)
         if isinstance(module, Table):
             module.pack(bits)
         elif isinstance(module, Numbers):
             module.pack()
         elif isinstance(module, NeighbourLists):
             module.pack(mass)
+    return packed

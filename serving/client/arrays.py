@@ -39,6 +39,7 @@ def as_array(name: str, value: Any) -> np.ndarray:
         strange = [type(one).__name__ for one in texts.flat if not isinstance(one, (str, bytes))]
         if strange:
             raise InvalidRequest(f"'{name}' must hold numbers, booleans or text; received a {strange[0]}.")
+        _check_unicode(name, texts)
         return texts
     if not isinstance(value, (np.ndarray, np.generic)):
         if array.dtype == np.float64:
@@ -48,3 +49,12 @@ def as_array(name: str, value: Any) -> np.ndarray:
     if array.dtype not in _NUMBERS:
         raise InvalidRequest(f"'{name}' must hold numbers, booleans or text; received {array.dtype}.")
     return array
+
+
+def _check_unicode(name: str, texts: np.ndarray) -> None:
+    try:
+        for one in texts.flat:
+            if isinstance(one, str):
+                one.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"'{name}' must hold valid Unicode; received {error.object!r:.80}.") from error

@@ -17,6 +17,8 @@ from .security import TLS, is_loopback, split
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """As large as our servers let a request be. gRPC's own limit of answers, 4 MB, is met by a few thousand scores."""
+LONGEST_SECONDS = 1e6
+"""The longest time of a call, eleven days: clocks and sockets have limits of their own, each another one."""
 
 
 class Door(Protocol):
@@ -43,12 +45,13 @@ class Client:
         transport: `grpc`, or `http` where only HTTP gets through; both answer the same.
         token: bearer token. Without TLS it is only shown to this machine itself.
         tls: None for plain text.
-        timeout: seconds that a call may take, all tries together, unless the call says otherwise.
+        timeout: seconds that a call may take, all tries together, unless the call says otherwise; at most a million.
         retry: when calls are made again.
         model: the model, version or label that calls mean unless they say otherwise.
         max_message_bytes: of a request and of an answer; the server has limits of its own.
 
-    Raises ValueError for targets, numbers or certificates that cannot be meant.
+    Raises ValueError for targets, numbers or certificates that cannot be meant. Calls raise a ClientError, the same
+    over both transports: InvalidRequest, before anything is sent, for numbers, text and versions that cannot be meant.
     """
 
     def __init__(
@@ -69,8 +72,11 @@ class Client:
         self.model = model or Model()
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets must name at least one server, and each once; received {list(self.targets)}.")
-        if timeout <= 0 or max_message_bytes <= 0:
-            raise ValueError(f"timeout and size must be above 0; received {timeout} and {max_message_bytes}.")
+        if not 0 < timeout <= LONGEST_SECONDS or max_message_bytes <= 0:
+            raise ValueError(
+                f"timeout and size must be above 0, and timeout at most {LONGEST_SECONDS:,.0f} seconds; "
+                f"received {timeout} and {max_message_bytes}."
+            )
         for target in self.targets:
             split(target)
             if token and tls is None and not is_loopback(target):
@@ -113,16 +119,16 @@ class Client:
         Raises a ClientError.
         """
         request = RecommendRequest(
-            model=model or self.model,
+            model=self._which(model, 1),
             user_id=_text("user_id", user_id),
             history=_ids("history", history),
             k=_whole("k", k),
             exclude=_ids("exclude", exclude),
             include=_ids("include", include),
-            filters={column: _ids(column, values) for column, values in (filters or {}).items()},
-            diversity=float(diversity),
-            profile=profile,
-            weights={member: float(factor) for member, factor in (weights or {}).items()},
+            filters={_text("filters", name): _ids(name, values) for name, values in _mapping("filters", filters)},
+            diversity=_number("diversity", diversity),
+            profile=_text("profile", profile),
+            weights={_text("weights", name): _number(name, factor) for name, factor in _mapping("weights", weights)},
         )
         return self._caller.call(lambda door, seconds: door.recommend(request, seconds), self._seconds(timeout))
 
@@ -130,7 +136,7 @@ class Client:
         self, item_id: str, *, k: int = 10, timeout: float | None = None, model: Model | None = None
     ) -> ItemList:
         """The k items most like one item. Raises a ClientError."""
-        request = SimilarRequest(model or self.model, _text("item_id", item_id), _whole("k", k))
+        request = SimilarRequest(self._which(model, 1), _text("item_id", item_id), _whole("k", k))
         return self._caller.call(lambda door, seconds: door.similar(request, seconds), self._seconds(timeout))
 
     def predict(
@@ -147,21 +153,31 @@ class Client:
 
         Returns the outputs by name; text as objects of bytes. Raises a ClientError.
         """
-        chosen = model or self.model
+        chosen = self._which(model, 0)
+        named = {_text("inputs", name): value for name, value in _mapping("inputs", inputs)}
+        name = _text("signature", signature)
         return self._caller.call(
-            lambda door, seconds: door.predict(chosen, signature, inputs, seconds), self._seconds(timeout)
+            lambda door, seconds: door.predict(chosen, name, named, seconds), self._seconds(timeout)
         )
 
     def status(self, *, timeout: float | None = None, model: Model | None = None) -> list[VersionStatus]:
         """The versions of a model that a server has, and what state they are in. Raises a ClientError."""
-        chosen = model or self.model
+        chosen = self._which(model, 0)
         return self._caller.call(lambda door, seconds: door.status(chosen, seconds), self._seconds(timeout))
 
     def _seconds(self, timeout: float | None) -> float:
         seconds = self.timeout if timeout is None else timeout
-        if seconds <= 0:
-            raise InvalidRequest(f"a timeout must be above 0 seconds; received {seconds}.")
+        if not 0 < seconds <= LONGEST_SECONDS:
+            raise InvalidRequest(
+                f"a timeout must be above 0 seconds, and at most {LONGEST_SECONDS:,.0f}; received {seconds}."
+            )
         return seconds
+
+    def _which(self, model: Model | None, least: int) -> Model:
+        """The model that a call means. Its version is `least` or more: 0 stands for none in our own messages."""
+        chosen = model or self.model
+        version = None if chosen.version is None else _whole("version", chosen.version, least, 2**63 - 1)
+        return Model(_text("model", chosen.name), version, _text("label", chosen.label))
 
     def close(self) -> None:
         """Closes all connections; calls under way fail."""
@@ -202,14 +218,31 @@ def _ids(name: str, values: Iterable[str]) -> tuple[str, ...]:
 def _text(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"'{name}' must be text; received {value!r:.80}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"'{name}' must be valid Unicode; received {value!r:.80}.") from error
     return value
 
 
-def _whole(name: str, value: int) -> int:
+def _mapping(name: str, values: Mapping[str, Any] | None) -> Iterable[tuple[str, Any]]:
+    if values is not None and not isinstance(values, Mapping):
+        raise InvalidRequest(f"'{name}' must be a mapping; received {values!r:.80}.")
+    return (values or {}).items()
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"'{name}' must be a number; received {value!r:.80}.") from error
+
+
+def _whole(name: str, value: int, least: int = 1, most: int = 2**31 - 1) -> int:
     try:
         number = operator.index(value)
     except TypeError as error:
         raise InvalidRequest(f"'{name}' must be a whole number; received {value!r:.80}.") from error
-    if not 0 < number < 2**31:
-        raise InvalidRequest(f"'{name}' must be from 1 to {2**31 - 1}; received {number}.")
+    if not least <= number <= most:
+        raise InvalidRequest(f"'{name}' must be from {least} to {most}; received {number}.")
     return number

@@ -12,7 +12,8 @@ class Model:
 
     Attributes:
         name: empty for the only one, where the server is ours and the call is `recommend` or `similar`.
-        version: its number; None takes the newest one, or that of the label.
+        version: its number, from 1, of TensorFlow Serving's own calls also 0; None takes the newest one, or that of the
+            label.
         label: such as `stable` or `canary`; at most one of version and label.
     """
 

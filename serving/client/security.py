@@ -26,17 +26,26 @@ class TLS:
             raise ValueError("a client certificate needs its key: give both or neither of certificate and key.")
 
     def contents(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """Authorities, key and certificate as gRPC takes them."""
+        """Authorities, key and certificate as gRPC takes them. Raises ValueError as `context` does: gRPC itself would
+        say nothing of a damaged file, and never get a connection."""
+        self.context()
         ca, key, certificate = (None if path is None else Path(path).read_bytes() for path in self._paths())
         return ca, key, certificate
 
     def context(self) -> ssl.SSLContext:
-        """The same for HTTP; TLS 1.2 or newer."""
+        """The same for HTTP; TLS 1.2 or newer. Raises ValueError for a file that is not there or no PEM file of its
+        kind, and for a key of another certificate."""
         ca, key, certificate = self._paths()
-        context = ssl.create_default_context(cafile=None if ca is None else str(ca))
+        try:
+            context = ssl.create_default_context(cafile=None if ca is None else str(ca))
+            if certificate is not None:
+                context.load_cert_chain(certificate, key)
+        except OSError as error:  # SSLError is one
+            raise ValueError(
+                f"ca, certificate and key must be readable PEM files, and the key that of the certificate; received "
+                f"ca={ca}, certificate={certificate} and key={key}, of which the system says: {error}."
+            ) from error
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if certificate is not None:
-            context.load_cert_chain(certificate, key)
         return context
 
     def _paths(self) -> tuple[str | Path | None, str | Path | None, str | Path | None]:

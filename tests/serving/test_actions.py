@@ -86,6 +86,17 @@ def test_a_rule_rests_after_it_was_followed():
     assert handled([rule], ALARM, ALARM, clock=lambda: next(ticks)) == ["rollback", "rollback"]
 
 
+def test_each_series_of_each_version_rests_apart():
+    """P3: what else goes wrong during the cool-down is not lost, be it of another version; only rollbacks do
+    not lead from version to version."""
+    other, newer = dataclasses.replace(ALARM, series="history_length"), dataclasses.replace(ALARM, version=4)
+    alarms = (ALARM, other, newer) * 2
+    drop = {"when": "drift", "do": [{"drop_member": "text"}], "cool_down_s": 60}
+    assert len(handled([drop], *alarms, clock=lambda: 0.0)) == 3
+    rollback = {"when": "drift", "do": ["rollback"], "cool_down_s": 60}
+    assert len(handled([rollback], *alarms, clock=lambda: 0.0)) == 2
+
+
 def test_a_dry_run_only_says_so(caplog):
     with caplog.at_level(logging.WARNING, "fusion.serving.alarms"):
         assert handled([{"when": "drift", "do": ["rollback"], "dry_run": True}], ALARM) == []

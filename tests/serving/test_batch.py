@@ -145,6 +145,40 @@ def test_a_file_that_is_not_finished_leaves_the_old_one(predictor, artifact, tmp
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["recs.parquet"]
 
 
+def test_what_a_killed_call_left_is_removed_and_what_is_written_is_not(plain, tmp_path):
+    """Another call may be writing the same file; whoever ends last has it."""
+    path, inner = tmp_path / "recs[1].parquet", []
+    for name in (".recs[1].parquet.abc.partial", ".recs1.parquet.abc.partial", ".other.parquet.abc.partial"):
+        (tmp_path / name).write_text("left by a killed call")
+
+    def meanwhile(*_):
+        if not inner:
+            inner.append(None)
+            inner.append(recommend_all(fake_lists(plain), ["u3"], path))
+
+    summary = recommend_all(fake_lists(plain, block=1), ["u1", "u2"], path, meanwhile)
+    assert (summary.users, inner[1].users) == (2, 1) and pq.read_table(path).num_rows == 6
+    left = {".recs1.parquet.abc.partial", ".other.parquet.abc.partial"}
+    assert set(os.listdir(tmp_path)) == {"artifact", "recs[1].parquet"} | left
+
+
+def test_a_long_list_of_allowed_items_beside_filters_is_quick(tmp_path, monkeypatch):
+    """It is hashed once, not for every item of the catalogue."""
+
+    class Once(str):
+        hashes = 0
+
+        def __hash__(self):
+            Once.hashes += 1
+            return super().__hash__()
+
+    artifact = fake_artifact(tmp_path / "artifact")
+    pq.write_table(pa.table({"item_id": fake_predictor.ITEMS, "title": ["x"] * 8}), artifact / "items.parquet")
+    include = tuple(Once(item) for item in fake_predictor.ITEMS[:3])
+    lists = Lists(FakePredictor(), artifact, RecommendRequest(k=3, include=include, filters={"title": ("x",)}))
+    assert lists._include == ["i0", "i1", "i2"] and Once.hashes == 3
+
+
 def test_bad_questions_and_folders_are_refused(predictor, artifact, tmp_path):
     lists = Lists(predictor, artifact, RecommendRequest(k=3))
     for wrong in ([], ["u0", "u0"]):
@@ -159,6 +193,9 @@ def test_bad_questions_and_folders_are_refused(predictor, artifact, tmp_path):
         (RecommendRequest(filters={"titel": ("x",)}), "did you mean 'title'"),
         (RecommendRequest(diversity=2), "between 0 and 1"),
         (RecommendRequest(weights={"nobody": 1.0}), "must name members"),
+        (RecommendRequest(k=0), "'k' must be between 1 and 4; received 0"),
+        (RecommendRequest(k=-5, diversity=0.5), "'k' must be between 1 and 4; received -5"),
+        (RecommendRequest(k=5, weights={"place": 2.0}), "'k' must be between 1 and 4; received 5"),
     ):
         with pytest.raises(InvalidRequest, match=sentence):
             Lists(predictor, artifact, request)

@@ -537,6 +537,8 @@ def test_tokens_travel_in_the_header_and_show_nowhere_else(transport):
         (["host:0"], {}, "must be host:port"),
         (["::1:8500"], {}, "must be host:port"),
         (["a:1"], {"timeout": 0}, "must be above 0"),
+        (["a:1"], {"timeout": float("nan")}, "must be above 0"),
+        (["a:1"], {"timeout": float("inf")}, "at most 1,000,000 seconds"),
         (["a:1"], {"transport": "carrier pigeon"}, "'grpc' or 'http'"),
     ],
 )
@@ -561,6 +563,59 @@ def test_requests_that_cannot_be_meant(transport):
     with pytest.raises(ValueError, match="both or neither"):
         sdk.TLS(certificate="x.pem")
     assert type(of_code("ABORTED", "x")) is sdk.ClientError
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"timeout": float("inf")},
+        {"timeout": float("nan")},
+        {"timeout": 1e12},
+        {"user_id": "\ud800"},
+        {"history": ["\ud800"]},
+        {"filters": {"\ud800": ["x"]}},
+        {"filters": 5},
+        {"weights": {"\ud800": 1.0}},
+        {"weights": {"text": "much"}},
+        {"diversity": "x"},
+        {"profile": "\ud800"},
+        {"model": Model("\ud800")},
+        {"model": Model("films", label="\ud800")},
+        {"model": Model("films", version=0)},
+        {"model": Model("films", version=-1)},
+        {"model": Model("films", version=2**70)},
+    ],
+)
+def test_both_transports_refuse_the_same_before_anything_is_sent(transport, wrong):
+    """O8: the largest time that is allowed is one that both can wait for."""
+    with connected(transport) as (client, script):
+        with pytest.raises(sdk.InvalidRequest, match="must be"):
+            client.recommend(**wrong)
+        assert script.calls == []
+        assert len(client.recommend("u", timeout=1e6, model=Model("films", version=np.int64(3)))) == 2
+
+
+def test_text_that_is_no_unicode_is_not_predicted_with(transport):
+    with connected(transport, outputs={"x": "DT_STRING"}) as (client, script):
+        for signature, inputs in (("\ud800", {"x": ["a"]}), ("echo", {"\ud800": ["a"]}), ("echo", {"x": ["\ud800"]})):
+            with pytest.raises(sdk.InvalidRequest, match="valid Unicode"):
+                client.predict(signature, inputs)
+        assert script.calls == []
+
+
+def test_certificates_that_cannot_be_read_are_refused_at_once(transport, certificates, tmp_path):
+    """O8: a missing file, one that is no certificate, and a key of another certificate."""
+    garbage = tmp_path / "garbage.pem"
+    garbage.write_text("no pem")
+    authority, certificate = certificates / "authority.crt", certificates / "client.crt"
+    for tls in (
+        sdk.TLS(tmp_path / "missing.pem"),
+        sdk.TLS(garbage),
+        sdk.TLS(authority, certificate, garbage),
+        sdk.TLS(authority, certificate, certificates / "server.key"),
+    ):
+        with pytest.raises(ValueError, match="must be readable PEM files"):
+            Client(["localhost:1"], transport=transport, tls=tls)
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,30 @@ def test_an_alarm_is_raised_once_until_it_was_right_again(watched):
     assert all(alarm.at == 12.0 for alarm in alarms)
 
 
+def test_an_alarm_that_lasts_is_raised_again_after_a_while():
+    """P2: or a rule that was in its cool-down would never hear of it."""
+    now, alarms = [0.0], []
+    baseline = Baseline.of(questions(np.random.default_rng(0), 5000))
+    monitor = Monitor(baseline, MonitorSettings(again_s=60), alarms.append, lambda: now[0])
+    rng = np.random.default_rng(7)
+    for now[0], silent in ((0.0, 0.1), (10.0, 0.5), (69.0, 0.5), (70.0, 0.5), (129.0, 0.5), (131.0, 0.5)):
+        monitor.observe_all(questions(rng, 1000, silent=silent), 3.0)
+    assert [(alarm.series, alarm.at) for alarm in alarms] == [("silent_text", at) for at in (10.0, 70.0, 131.0)]
+
+
+def test_a_step_that_stays_does_not_deafen_to_later_spikes():
+    """P2: the step is small beside the bins, so that only the moving average can have noticed it."""
+    alarms, rng = [], np.random.default_rng(9)
+    baseline = Baseline({"top_score": Histogram((0.3, 0.5), (0, 5000, 0))}, {}, 5000)
+    monitor = Monitor(baseline, on_alarm=alarms.append, clock=lambda: 12.0)
+    for middle, rows in ((0.40, 2000), (0.42, 3000), (0.495, 50)):
+        monitor.observe_all(Series({"top_score": rng.normal(middle, 0.002, rows)}, {}), 3.0)
+    assert [(alarm.kind, alarm.expected) for alarm in alarms] == [
+        ("spike", pytest.approx(0.40, abs=0.001)),
+        ("spike", pytest.approx(0.42, abs=0.001)),
+    ]
+
+
 def test_series_of_lists():
     """P1: what is counted of a list holds no id of a user or of an item."""
     answer = {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -81,6 +82,45 @@ def test_a_folder_of_shards_is_continued_and_not_mixed_up(recommend, tmp_path):
     (tmp_path / "flat").write_text("")
     code, _, err = recommend("--all", "--out", str(tmp_path / "flat" / "recs"), "-k", "2")
     assert code == 5 and "must be writable" in err
+
+
+def test_filters_of_one_column_are_taken_together(recommend, tmp_path):
+    out = ("--all", "--out", str(tmp_path / "recs.parquet"), "-k", "2")
+    assert recommend(*out, "--filter", "title=Three", "--filter", "title=Four")[0] == 0
+    assert set(pq.read_table(tmp_path / "recs.parquet").to_pandas().item_id) == {"i3", "i4"}
+
+
+@pytest.mark.parametrize("k", ["0", "-5", "99"])
+@pytest.mark.parametrize("more", [(), ("--diversity", "0.5")])
+def test_a_k_out_of_range_claims_no_folder(recommend, tmp_path, k, more):
+    """O16: the sentence is that of an answer online."""
+    code, _, err = recommend("--all", "--out", str(tmp_path / "recs"), "-k", k, *more)
+    assert code == 2 and f"'k' must be between 1 and 4; received {k}." in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_an_id_is_refused(recommend, tmp_path):
+    users = tmp_path / "users.parquet"
+    pq.write_table(pa.table({"user_id": ["u0", None]}), users)
+    code, _, err = recommend("--all", "--out", str(tmp_path / "recs"), "--users", str(users))
+    assert code == 2 and f"{users} is not: a row has no user_id" in err and not (tmp_path / "recs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--like-item", "i1", "--exclude", "i2"), "--exclude and --include go with"),
+        (("--like-text", "x", "--include", "i2"), "--exclude and --include go with"),
+        (("--user", "u0", "--member", "text"), "--member goes with --like-text or --like-image"),
+        (("--all", "--out", "x", "--member", "text"), "--member goes with --like-text or --like-image"),
+        (("--like-item", "i1", "--member", "text"), "--member goes with --like-text or --like-image"),
+        (("--all", "--out", "x", "--beam-option=--runner=X"), "--beam-option goes with --engine beam"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(recommend, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = recommend(*arguments)
+    assert code == 2 and sentence in err and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["users.txt", "users.parquet"])

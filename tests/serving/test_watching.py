@@ -77,6 +77,23 @@ def test_a_member_that_falls_silent_is_dropped(served):
     assert METRICS.value("serving_alarms", ("films", "rate", "silent_text")) == before + 1
 
 
+def test_distances_from_training_are_gauges(served):
+    """P2: of versions whose window is full, as long as there is a watch."""
+    servable, done = served
+    watched = watching(done)
+    inputs, answer = lists(np.random.default_rng(6), 60)
+    for rows in (60, 120):
+        watched.called(servable, "recommend", inputs, lambda: answer, 0.003)
+        wait_for(lambda rows=rows: watched.report().get("films/3", {}).get("requests") == rows)
+        text = METRICS.text().decode()
+        assert ('serving_drift{model_name="films"' in text) == (rows == 120)
+    for measure, distance in watched.report()["films/3"]["drift"]["top_score"].items():
+        line = f'serving_drift{{model_name="films",version="3",series="top_score",measure="{measure}"}} {distance:.17g}'
+        assert line in text.splitlines()
+    watched.close()
+    assert 'serving_drift{model_name="films"' not in METRICS.text().decode()
+
+
 def test_only_faults_of_ours_are_errors(served):
     servable, done = served
     watched = watching(done)
