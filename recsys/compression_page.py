@@ -18,6 +18,9 @@ from recsys.compression_summary import left_alone
 FOLDER = "compressed"
 """Of a run, in which each recipe has a folder."""
 
+REFUSED = ".refused"
+"""Ends the folder of what broke its promise; names of recipes hold no dot."""
+
 BEGIN, END = "<!-- compression -->", "<!-- end of compression -->"
 """Between these the section stands in the page, so that it can be written anew alone."""
 
@@ -25,8 +28,18 @@ ORIGINAL = "as it was"
 
 
 def reports_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The reports of all recipes that were applied to a run, by name."""
-    paths = sorted(folder.glob(f"{FOLDER}/*/report.json"))
+    """The reports of all recipes that were applied to a run and kept their promises, by name."""
+    return {name: report for name, report in _reports(folder).items() if not name.endswith(REFUSED)}
+
+
+def refused_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The reports of recipes that broke their promises, by name; a recipe of the same name may have kept one before."""
+    found = _reports(folder)
+    return {name.removesuffix(REFUSED): report for name, report in found.items() if name.endswith(REFUSED)}
+
+
+def _reports(folder: Path) -> dict[str, dict[str, Any]]:
+    paths = [path for path in sorted(folder.glob(f"{FOLDER}/*/report.json")) if not path.parent.name.startswith(".")]
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -36,19 +49,20 @@ def variants(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 
 
 def section(folder: Path, metric: str) -> Markup:
-    """The section between its marks, empty where no recipe was applied; draws `plots/pareto.png`."""
+    """The section between its marks, empty where no recipe was applied; draws `plots/pareto.png` of those that kept
+    their promises."""
     from recsys.report import data_address, environment
 
-    reports = reports_of(folder)
-    if not reports:
+    reports, refused = reports_of(folder), refused_of(folder)
+    if not reports and not refused:
         return Markup(BEGIN + END)
-    figure = pareto(reports, metric)
-    write_atomically(folder / "plots" / "pareto.png", plots.as_png(figure))
-    view = {
-        "metric": metric,
-        "recipes": [_row(name, report, metric) for name, report in reports.items()],
-        "chart": data_address("image/svg+xml", plots.as_svg(figure)),
-    }
+    rows = [_row(name, report, metric) for name, report in reports.items()]
+    rows += [_row(name, report, metric) | {"refused": True} for name, report in refused.items()]
+    view = {"metric": metric, "recipes": rows, "chart": ""}
+    if reports:
+        figure = pareto(reports, metric)
+        write_atomically(folder / "plots" / "pareto.png", plots.as_png(figure))
+        view["chart"] = data_address("image/svg+xml", plots.as_svg(figure))
     return Markup(BEGIN + environment(html=True).get_template("compression.html.j2").render(view) + END)
 
 
@@ -62,10 +76,12 @@ def renew(folder: Path, metric: str) -> None:
 
 
 def pareto(reports: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
-    """Quality on test against bytes, of what is served as it was and after each recipe."""
-    first = next(iter(reports.values()))
-    found = {ORIGINAL: (first["cost"]["before"]["bytes"], first["figures"]["before"][metric]["value"])}
-    found |= {n: (r["cost"]["after"]["bytes"], r["figures"]["after"][metric]["value"]) for n, r in reports.items()}
+    """Quality against bytes, of what is served as it was and after each recipe: on validation, because one chooses by
+    it, unless one of the reports is so old that it tells figures of the test part alone."""
+    told = all("validation" in report for report in reports.values())
+    part, key = ("validation", "validation") if told else ("test", "figures")
+    found = {name: _spot(report, "after", key, metric) for name, report in reports.items()}
+    found = {ORIGINAL: _spot(next(iter(reports.values())), "before", key, metric)} | found
     sign = 1 if say.higher_is_better(metric) else -1
     spots = [
         plots.Spot(
@@ -77,7 +93,11 @@ def pareto(reports: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
         )
         for name, (size, quality) in found.items()
     ]
-    return plots.trade_off(spots, "MB, .tflite", f"{metric} on test")
+    return plots.trade_off(spots, "MB, .tflite", f"{metric} on {part}")
+
+
+def _spot(report: Mapping[str, Any], when: str, key: str, metric: str) -> tuple[float, float]:
+    return report["cost"][when]["bytes"], report[key][when][metric]["value"]
 
 
 def _beats(a: Sequence[float], b: Sequence[float], sign: int) -> bool:
@@ -90,6 +110,7 @@ def _row(name: str, report: Mapping[str, Any], metric: str) -> dict[str, Any]:
     promises = [sentence or f"kept ({metric})" for metric, sentence in report["gate"].items()]
     return {
         "name": name,
+        "refused": False,
         "bytes": after["bytes"],
         "smaller": before["bytes"] / after["bytes"],
         "p50_ms": after["p50_ms"],

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusion.errors import GateError
+from fusion.errors import ConfigError, GateError
 from fusion.files import load_arrays
 from fusion.progress import note
 from recsys.compressed_classes import ClassCompression
-from recsys.compression import check_evaluated, compress_task
+from recsys.compression import aside, check_evaluated, compress_task
 from recsys.metrics import parse_metric
 from recsys.pipeline import TASKS, machine_faults
 from recsys.recipes import SEARCHED, Recipe, recipe_named
@@ -30,7 +30,8 @@ RANKINGS = ("packed", "packed4")
 
 
 class Mix(NamedTuple):
-    """A recipe for each member: bytes of all files together, and the mean of the deciding metric on validation."""
+    """A recipe for each member (of rankings one for `all`): bytes of all files together, and the mean of the deciding
+    metric on validation."""
 
     recipes: dict[str, str]
     bytes: int
@@ -52,7 +53,9 @@ def search_run(
 def search(task: Any, recipes: Mapping[str, Recipe], budget: int, max_drop: float) -> tuple[dict[str, Any], list[Mix]]:
     """The report of the best mix that fits into `budget` bytes, and the mixes that no other beats, smallest first.
 
-    Raises GateError where nothing fits, or all that does loses more than `max_drop` of the deciding metric.
+    Raises:
+        GateError: nothing fits, or all that does loses more than `max_drop` of the deciding metric.
+        ConfigError: a recipe for a classifier makes a student of all members.
     """
     if task.OVER == "classes":
         return _of_members(task, recipes, budget, max_drop)
@@ -62,6 +65,12 @@ def search(task: Any, recipes: Mapping[str, Recipe], budget: int, max_drop: floa
 def _of_members(
     task: Any, recipes: Mapping[str, Recipe], budget: int, max_drop: float
 ) -> tuple[dict[str, Any], list[Mix]]:
+    for name, recipe in recipes.items():
+        if recipe.student:
+            raise ConfigError(
+                f"a search chooses a recipe for each member; '{name}' makes one student of all of them. Leave it out, "
+                f"or apply it alone with --recipe {name}."
+            )
     options = _options(task, recipes)
     fused = ClassCompression(task, SEARCHED, Recipe())
     sign = 1.0 if fused.metric.higher_is_better else -1.0
@@ -104,16 +113,17 @@ def _options(task: Any, recipes: Mapping[str, Recipe]) -> Options:
     options: dict[str, dict[str, tuple[int, np.ndarray]]] = {}
     for name, recipe in recipes.items():
         applied = ClassCompression(task, name, recipe)
-        try:
-            facts = applied.members()
-        except GateError as error:
-            _leave_out(task, name, error)
-            continue
-        for member, found in facts.items():
-            own = options.setdefault(member, {ORIGINAL: (found["before"]["bytes"]["tflite"], applied.said(member))})
-            if found["steps"]:
-                said = load_arrays(applied.folder / member / "answers.npz")["validation"]
-                own[name] = (found["after"]["bytes"]["tflite"], said)
+        with aside(task.run, name) as applied.folder:  # what stands under the name may have been made otherwise
+            try:
+                facts = applied.members()
+            except GateError as error:
+                _leave_out(task, name, error)
+                continue
+            for member, found in facts.items():
+                own = options.setdefault(member, {ORIGINAL: (found["before"]["bytes"]["tflite"], applied.said(member))})
+                if found["steps"]:
+                    said = load_arrays(applied.folder / member / "answers.npz")["validation"]
+                    own[name] = (found["after"]["bytes"]["tflite"], said)
     if not options:
         raise _of_no_use(recipes)
     return options
@@ -173,19 +183,19 @@ def front(mixes: Sequence[Mix], sign: float) -> list[Mix]:
 def _of_recipes(
     task: Any, recipes: Mapping[str, Recipe], budget: int, max_drop: float
 ) -> tuple[dict[str, Any], list[Mix]]:
-    metric, reports, mixes = task.experiment.primary, {}, []
+    metric, reports, mixes = task.experiment.primary, {}, list[Mix]()
     for name, recipe in recipes.items():
         try:
             reports[name] = compress_task(task, name, recipe.model_copy(update={"max_drop": {}}))
         except GateError as error:
             _leave_out(task, name, error)
             continue
-        quality = reports[name]["differences"]["validation"][metric]["difference"]
-        mixes.append(Mix({"all": name}, reports[name]["cost"]["after"]["bytes"], quality))
+        mixes.append(_mix(reports[name], name, "after", metric))
     if not mixes:
         raise _of_no_use(recipes)
+    first = _mix(next(iter(reports.values())), ORIGINAL, "before", metric)
     sign = 1.0 if parse_metric(metric, "candidates").higher_is_better else -1.0
-    fitting = [mix for mix in mixes if mix.bytes <= budget and sign * mix.quality >= -max_drop]
+    fitting = [mix for mix in mixes if mix.bytes <= budget and sign * (first.quality - mix.quality) <= max_drop]
     if not fitting:
         smallest = min(mix.bytes for mix in mixes)
         raise GateError(
@@ -193,4 +203,8 @@ def _of_recipes(
             f"rows; none of {', '.join(recipes)} does (the smallest: {smallest:,} bytes). Allow more, or name others."
         )
     best = max(fitting, key=lambda mix: sign * mix.quality)
-    return reports[best.recipes["all"]], front(mixes, sign)
+    return reports[best.recipes["all"]], front([first, *mixes], sign)
+
+
+def _mix(report: Mapping[str, Any], name: str, when: str, metric: str) -> Mix:
+    return Mix({"all": name}, report["cost"][when]["bytes"], report["validation"][when][metric]["value"])

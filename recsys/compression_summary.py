@@ -65,8 +65,14 @@ def _brief(facts: Mapping[str, Any]) -> str:
 def _brief_together(report: Mapping[str, Any]) -> str:
     found = report["differences"]["test"][report["metric"]]
     before, after = (report["cost"][when]["bytes"] for when in ("before", "after"))
-    changed = f"{say.signed(found['difference'])} [{say.signed(found['low'])}, {say.signed(found['high'])}]"
-    return f"{say.bytes_of(after)}, {before / after:.1f} ×, {changed}"
+    return f"{say.bytes_of(after)}, {before / after:.1f} ×, {_changed(found)}"
+
+
+def _changed(found: Mapping[str, Any]) -> str:
+    """A difference, and its interval where the metric has one."""
+    if found["low"] is None:
+        return say.signed(found["difference"])
+    return f"{say.signed(found['difference'])} [{say.signed(found['low'])}, {say.signed(found['high'])}]"
 
 
 def _drawn(table: Table, width: int = 120) -> str:
@@ -115,10 +121,7 @@ def _together(report: Mapping[str, Any]) -> Iterator[str]:
     for metric in dict.fromkeys([report["metric"], *report["gate"]]):
         found = report["differences"]["test"][metric]
         value = report["figures"]["after"][metric]["value"]
-        yield (
-            f"{metric} on test {say.number(value, 4)}, {say.signed(found['difference'])} "
-            f"[{say.signed(found['low'])}, {say.signed(found['high'])}] by compression"
-        )
+        yield f"{metric} on test {say.number(value, 4)}, {_changed(found)} by compression"
     for metric, sentence in report["gate"].items():
         yield sentence or f"the promise on {metric} is kept"
 

@@ -253,10 +253,11 @@ def _key(name: str, part: Part, data: FitData, seed: int, copy: int = 0) -> str:
 
 
 def keep_copy(source: Path, target: Path) -> None:
-    """The files of a fitted member in a run's own folder: hard links where the disk has them, else copies."""
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        shutil.copytree(source, target, copy_function=os.link)
-    except OSError:
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target)
+    """The files of a folder, of a fitted member for example, in a run's own: hard links where the disk has them, else
+    copies. They take the place of what stands there all at once. Raises MachineError when the machine refuses."""
+    with atomic_folder(target) as aside:
+        try:
+            shutil.copytree(source, aside, copy_function=os.link, dirs_exist_ok=True)
+        except OSError:
+            shutil.rmtree(aside)  # a copy onto a link would write into the source
+            shutil.copytree(source, aside)

@@ -49,7 +49,8 @@ class Recipe(Settings):
     tables: TableSettings | None = None
     """Rankings: how tables are packed; left in float32 where it is not there."""
     max_drop: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    """The most that what is served may lose of a metric on the validation rows, as in {accuracy: 0.005}."""
+    """The most that what is served may lose of a metric on the validation rows, as in {accuracy: 0.005}; of a metric
+    that is one number of all rows, such as auc, what counts is the plain difference."""
 
     def steps_for(self, member: str) -> tuple[Part, ...]:
         """The methods for the network of one member."""

@@ -209,14 +209,29 @@ def peak_bytes() -> int:
 
 
 FITTING = ("recsys/collaborative", "fusion/submodels", "fusion/training", "fusion/embeddings.py", "fusion/images.py")
+COMPRESSING = (
+    "fusion/compression", "fusion/export", "recsys/compressed_classes.py", "recsys/compressed_rankings.py",
+    "recsys/ranking_student.py", "recsys/collaborative/tables.py",
+)  # fmt: skip
 
 
 @functools.cache
 def code_version() -> str:
     """SHA-256 of the sources that decide what fitting leaves: a cached member is valid for the code that made it."""
+    return _digest_of(FITTING)
+
+
+@functools.cache
+def compressing_version() -> str:
+    """SHA-256 of the sources that decide, beside those of `code_version`, what compression leaves. Apart from these,
+    because a member that was fitted stays valid whatever is done to it later."""
+    return _digest_of(COMPRESSING)
+
+
+def _digest_of(places: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     home = Path(__file__).resolve().parent.parent
-    for place in FITTING:
+    for place in places:
         sources = [home / place] if place.endswith(".py") else sorted((home / place).rglob("*.py"))
         for source in sources:
             digest.update(source.relative_to(home).as_posix().encode())

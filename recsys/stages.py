@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fusion.config import Part
+from fusion.errors import ConfigError, EngineError, GateError
 from fusion.files import load_arrays, save_arrays, write_atomically
 from fusion.rules import RULES
 from fusion.rules.base import Rule
@@ -183,13 +184,29 @@ class Stages(abc.ABC):
 
     def compress(self) -> None:
         """Applies the recipes of the config to what is served; the artifact is there whatever becomes of them, but for
-        the one that it is made of (`export.recipe`), which has been applied by then."""
+        the one that it is made of (`export.recipe`), which has been applied by then.
+
+        Each is applied, whatever becomes of the others.
+
+        Raises:
+            GateError: recipes broke their promises, or achieved nothing; where it is several, all are named.
+            ConfigError: the only one that failed asks for what the run does not have.
+        """
         from recsys.compression import compress_task
 
         export = self.experiment.export
+        failed: dict[str, EngineError] = {}
         for name, recipe in self.experiment.compress.items():
             if not (export.enabled and name in (export.recipe, export.fast)):
-                compress_task(self, name, recipe)
+                try:
+                    compress_task(self, name, recipe)
+                except (GateError, ConfigError) as error:
+                    failed[name] = error
+        if len(failed) == 1:
+            raise next(iter(failed.values()))
+        if failed:
+            sentences = " ".join(f"{name}: {error}" for name, error in failed.items())
+            raise GateError(f"the recipes {', '.join(failed)} of compress failed, all others were applied. {sentences}")
 
     @property
     def everybody(self) -> list[str]:

@@ -174,8 +174,8 @@ class Handler:
                         self._follow(rule, action, alarm)
 
     def _ready(self, number: int, rule: Rule, alarm: Alarm) -> bool:
-        """Whether the rule may act. What else goes wrong meanwhile is news, so each series of a version rests apart; but
-        what also comes after a rollback was not the version's fault, and must not lead from one to the next."""
+        """Whether the rule may act. What else goes wrong meanwhile is news, so each series of a version rests apart;
+        but what comes after a rollback too was not the version's fault, and must not lead from one to the next."""
         version = None if "rollback" in rule.do else alarm.version
         about = number, alarm.series, version
         now, last = self._clock(), self._last.get(about)

@@ -10,7 +10,7 @@
     ├── UnknownModel        NOT_FOUND            404   no such model, or no such version of it, is being served
     ├── UnknownItem         NOT_FOUND            404   the artifact has no item of this id
     ├── ItemExists          ALREADY_EXISTS       409   an item of this id is there already
-    ├── NotWritable         RESOURCE_EXHAUSTED   507   the disk takes no more of what a batch job writes
+    ├── NotWritable         RESOURCE_EXHAUSTED   507   the disk takes no more of what is to be kept
     ├── Overloaded          RESOURCE_EXHAUSTED   429   no memory, or no place in a queue, for this request now
     ├── Unavailable         UNAVAILABLE          503   the server is stopping, or the version just went
     ├── NotPossible         FAILED_PRECONDITION  409   the server is not in a state for this request

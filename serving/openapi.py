@@ -112,6 +112,7 @@ OPERATIONS: Sequence[Operation] = (
         kind=PROMETHEUS,
     ),
     Operation("GET", "/openapi.json", "openapi", "This document."),
+    Operation("GET", "/v1/admin/openapi.json", "openapi", "This document.", admin=True),
     Operation("GET", "/v1/admin/models", "list_models", "Models, versions, labels, and members left out.", admin=True),
     Operation(
         "POST",
@@ -177,12 +178,16 @@ OPERATIONS: Sequence[Operation] = (
 ERRORS = {
     "400": "The request is not as it must be; the sentence says what and where.",
     "401": "No token, or one that has expired.",
+    "403": "Not by this name, not from this page, or not at this door.",
     "404": "No such model, version, item or path.",
+    "408": "The request did not come in time.",
     "409": "The server is not in a state for this, or the item is there already.",
     "413": "The body is too large.",
     "429": "Overloaded; `Retry-After` says when to come back.",
+    "500": "A fault of the server, whose log says what.",
     "503": "Not now: stopping, or without a version that is loaded.",
     "504": "The answer was not there in time.",
+    "507": "The disk refuses; what was sent was not kept.",
 }
 
 

@@ -71,6 +71,8 @@ SHOWN_USERS = 50
 MOST_ITEMS = 50
 AT_ONCE = ("healthz", "readyz", "openapi", "prometheus")
 """Answered without a thread: these must be heard when all threads are taken."""
+LOADING, LOADING_S = ("rollback", "reload"), 600.0
+"""Calls that may load models, and the time that they have at least."""
 IMAGES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 """Media type by the first bytes; nothing else is sent as an image."""
 
@@ -273,6 +275,10 @@ class Admin:
 
     def __init__(self, store: ModelStore, new_items: NewItems | None) -> None:
         self.store, self.new_items = store, new_items
+        self.document: dict[str, Any] = {}
+
+    def openapi(self, call: Call) -> Any:
+        return self.document
 
     def list_models(self, call: Call) -> Any:
         return {
@@ -415,6 +421,7 @@ def admin_app(
     where a server keeps a journal of them new items and those that are withdrawn."""
     operations = [operation for operation in OPERATIONS if operation.admin]
     answers = Admin(store, new_items)
+    answers.document = document("Administration of a server of recommendations", "1", operations)
     return _starlette(answers, operations, [], store, settings or RestSettings(), tokens)
 
 
@@ -455,8 +462,10 @@ def _endpoint(
     workers: Workers,
     bodies: Bodies,
 ) -> Callable[[Request], Awaitable[Response]]:
+    seconds = max(settings.seconds, LOADING_S) if operation.name in LOADING else settings.seconds
+
     def heard(request: Request, body: Any, arrived: float) -> Call:
-        return Call(request.path_params, request.query_params, body, arrived, arrived + settings.seconds)
+        return Call(request.path_params, request.query_params, body, arrived, arrived + seconds)
 
     def work(request: Request, body: bytes, arrived: float) -> Response:
         started, status, call = time.perf_counter(), "OK", heard(request, None, arrived)
@@ -484,7 +493,7 @@ def _endpoint(
             return found if isinstance(found, Response) else json_response(found)
         body = await bodies.read(request)
         try:
-            return await workers.run(partial(work, request, body, time.monotonic()), settings.seconds)
+            return await workers.run(partial(work, request, body, time.monotonic()), seconds)
         finally:
             bodies.release(len(body))
 

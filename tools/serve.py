@@ -153,7 +153,8 @@ def models(args: argparse.Namespace) -> list[Any]:
             configs = read_model_config(args.model_config)
         except OSError as error:
             raise ConfigError(f"{args.model_config} must be a readable file; {error.strerror}.") from error
-        return [dataclasses.replace(config, canary=args.canary) for config in configs]
+        latest = args.latest or (2 if args.canary else 1)
+        return [dataclasses.replace(c, canary=args.canary, latest=max(c.latest, latest)) for c in configs]
     folder = Path(args.source)
     if args.source == "latest" and not folder.exists():
         runs = [link.resolve() for link in Path("runs").glob("*/latest")]

@@ -17,16 +17,18 @@ from fusion.errors import ConfigError, GateError
 from fusion.export.litert import run as run_tflite
 from fusion.files import load_arrays, write_atomically
 from fusion.types import RunOptions
-from recsys import compression, compression_search
+from recsys import compression, compression_page, compression_search, fitting
 from recsys.classification_task import ClassificationTask
 from recsys.compressed_rankings import RankingCompression
-from recsys.compression import compress_all, compress_run, kept_promise
+from recsys.compression import Compression, cell, compress_all, compress_run, difference_of, kept_promise
 from recsys.compression_search import Mix, front, improved, reduced, search, search_run
-from recsys.compression_summary import overview
+from recsys.compression_summary import overview, summary
+from recsys.fitting import keep_copy
 from recsys.pipeline import run_experiment
 from recsys.recipes import BUILT_IN, Recipe, recipe_named
 from recsys.run import Run
 from recsys.settings import parse_experiment
+from recsys.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("short_clocks")
 
@@ -123,7 +125,7 @@ class TestClasses:
 
     def test_a_broken_promise_ends_the_tool_with_4(self, classified):
         """K10: what loses more than was promised is refused, and says by how much; the report is there."""
-        path = classified.path("compressed", "coarse", "report.json")
+        path = classified.path("compressed", "coarse.refused", "report.json")
         barely = {"epochs": 1, "batch_size": 64, "learning_rate": 1e-6}
         bare = {"kind": "prune", "sparsity": 0.97, "criterion": "random", "training": barely}
         coarse = recipe(members={"image": [bare]}, max_drop={"log_loss": 0.001})
@@ -222,6 +224,183 @@ def test_promises_that_would_mean_nothing(arguments, sentence, tmp_path):
     assert ended.code == 2 and sentence in ended.err
 
 
+class TestWhatStands:
+    """What a recipe's folder holds, whatever becomes of later calls (K10)."""
+
+    def test_only_what_keeps_its_promise_takes_the_place(self, classified, monkeypatch):
+        """A recipe of the same name that breaks its promise goes aside, and every reader knows; a later one that keeps
+        it takes both places."""
+        good = recipe(steps=[{"kind": "float16"}])
+        worse = recipe(steps=[{"kind": "float16"}], members={"text": []}, max_drop={"accuracy": 0.0})
+        compress_run(classified, "mine", good)
+        folder, refused = (classified.path("compressed", name) for name in ("mine", "mine.refused"))
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        variant = json.loads(classified.path("report.json").read_text())["variants"]["mine"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Compression, "_broken", lambda *_: "accuracy must not get worse.")
+            with pytest.raises(GateError, match=r"recipe mine: accuracy must not get worse\. What is served stays"):
+                compress_run(classified, "mine", worse)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert json.loads((refused / "report.json").read_text())["settings"]["members"] == {"text": []}
+        assert (refused / "text" / "model.tflite").is_file()
+        variants = json.loads(classified.path("report.json").read_text())["variants"]
+        assert variants["mine"] == variant and "mine.refused" not in variants
+        assert ">mine</th>" in (page := classified.path("report.html").read_text())
+        assert ">mine (refused)</th>" in page
+        with monkeypatch.context() as patch:
+            patch.setattr(compression, "compress_task", None)
+            with pytest.raises(GateError, match=r"export\.recipe: recipe mine: accuracy must not get worse\."):
+                kept_promise(ClassificationTask(classified), "export.recipe", "mine", worse, "average")
+        compress_run(classified, "mine", worse.model_copy(update={"max_drop": {}}))
+        assert not refused.exists() and "mine (refused)" not in classified.path("report.html").read_text()
+
+    def test_what_is_interrupted_changes_nothing(self, classified, monkeypatch):
+        """Killed after the first member, the folder is as it was."""
+        folder = classified.path("compressed", "half")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+        def killed(self, *_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Compression, "_rows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress_run(classified, "half", recipe(steps=[{"kind": "float16"}], members={"text": []}))
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def test_a_search_changes_no_recipe(self, classified):
+        """It asks what members say after each recipe; what lies under the recipes' names is not its to replace."""
+        folder = classified.path("compressed", "half")
+        before = {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+        other = recipe(steps=[{"kind": "float16"}], members={"text": []})
+        options = compression_search._options(ClassificationTask(classified), {"half": other})
+        assert set(options["image"]) == {"as it was", "half"} and set(options["text"]) == {"as it was"}
+        assert {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()} == before
+
+    def test_a_copy_takes_its_place_as_a_whole(self, tmp_path, monkeypatch):
+        """Interrupted, the old files are there, all of them; without links the source stays whole, too."""
+        for name in ("old", "new"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_text(name)
+        keep_copy(tmp_path / "old", tmp_path / "kept")
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting.shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                keep_copy(tmp_path / "new", tmp_path / "kept")
+        assert (tmp_path / "kept" / "file").read_text() == "old"
+
+        def refused(*_, **__):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(fitting.os, "link", refused)
+        keep_copy(tmp_path / "new", tmp_path / "kept")
+        assert (tmp_path / "kept" / "file").read_text() == "new" == (tmp_path / "new" / "file").read_text()
+        assert {path.name for path in tmp_path.iterdir()} == {"old", "new", "kept"}
+
+    def test_a_cell_is_of_the_code_that_made_it(self, tmp_path, monkeypatch):
+        """Other sources of compression, another cell."""
+        run, made_by = Run(tmp_path, None, quiet=True), []
+        for version in ("one", "one", "other"):
+            monkeypatch.setattr(compression, "compressing_version", lambda version=version: version)
+            cell(run, "key", "name", 0, lambda *_, version=version: made_by.append(version))
+        assert made_by == ["one", "other"]
+
+
+class TestOneNumberOfAllRows:
+    """Metrics such as AUC have no value for each row, so that their differences have no bounds."""
+
+    @pytest.fixture
+    def by_auc(self, classified):
+        evaluation = {**CLASSES["evaluation"], "primary": "auc", "metrics": ["accuracy", "auc"]}
+        return Run(classified.folder, parse_experiment({**CLASSES, "evaluation": evaluation}), quiet=True)
+
+    def test_they_decide(self, by_auc):
+        """K10: a promise on one is held to the plain difference, and everything can be shown."""
+        found = compress_run(by_auc, "auc", recipe(steps=[{"kind": "float16"}]), 0.1)
+        told = found["differences"]["validation"]["auc"]
+        change = (found["validation"][when]["auc"]["value"] for when in ("after", "before"))
+        assert told["low"] is None is told["high"] and told["difference"] == pytest.approx(next(change) - next(change))
+        assert found["gate"] == {"auc": ""}
+        assert found["figures"]["after"]["auc"]["n"] == 120
+        assert "[" not in summary({"auc": found}).split("together: ")[1]
+        assert overview({"auc": found}, {}).count("| auc") == 1
+
+    @pytest.mark.slow
+    def test_a_search_goes_by_them(self, by_auc):
+        report, mixes = search_run(by_auc, {"half": recipe(steps=[{"kind": "float16"}])}, 10_000, 0.1)
+        assert report["gate"] == {"auc": ""} and all(0.5 < mix.quality <= 1 for mix in mixes)
+
+    def test_what_is_undefined_keeps_no_promise(self):
+        assert difference_of(float("nan"), 0.5, 10, 0)["difference"] is None
+        made = object.__new__(RankingCompression)
+        assert "must be defined on the validation rows" in made._broken("auc", 1.0, {"auc": {"difference": None}})
+
+    def test_rows_are_counted_without_one_that_has_them(self):
+        made = object.__new__(RankingCompression)
+        made.task = SimpleNamespace(rows=lambda part: np.arange(100 + part))
+        assert made._rows("test", {"auc": 0.5, "accuracy": np.ones(7)}) == 7
+        assert made._rows("test", {"auc": 0.5, "rmse": 0.5}) == 100 + compression.PARTS["test"]
+
+    def test_what_was_not_measured_is_refused_before_work(self):
+        """A metric that needs what the catalogue does not have has no value to hold a promise to."""
+        made = object.__new__(RankingCompression)
+        made.recipe = recipe(max_drop={"ndcg@10": 0.1, "diversity@10": 0.1})
+        made.task = SimpleNamespace(catalogue=lambda: SimpleNamespace(vectors=None))
+        with pytest.raises(ConfigError, match="'diversity@10' needs the vectors of the catalogue, which this run does"):
+            made.check_promise()
+        made.task = SimpleNamespace(catalogue=lambda: SimpleNamespace(vectors=np.ones((1, 1))))
+        made.check_promise()
+
+
+def test_the_picture_is_of_validation(monkeypatch):
+    """Who chooses a recipe by it must not choose by the test part; reports that do not tell are of the test part."""
+
+    def told(value, **more):
+        part = {when: {"accuracy": {"value": number}} for when, number in (("before", 0.9), ("after", value))}
+        return {"figures": {w: {"accuracy": {"value": 0.5}} for w in part}, "cost": costs, **more, "validation": part}
+
+    costs = {"before": {"bytes": 40e6}, "after": {"bytes": 10e6}}
+    reports = {"good": told(0.8), "bad": told(0.7)}
+    drawn = []
+    monkeypatch.setattr(compression_page.plots, "trade_off", lambda *arguments: drawn.append(arguments))
+    compression_page.pareto(reports, "accuracy")
+    spots, _, axis = drawn.pop()
+    assert axis == "accuracy on validation"
+    assert {spot.name: (spot.quality, spot.best) for spot in spots} == {
+        "as it was": (0.9, True),
+        "good": (0.8, True),
+        "bad": (0.7, False),
+    }
+    del reports["bad"]["validation"]
+    compression_page.pareto(reports, "accuracy")
+    spots, _, axis = drawn.pop()
+    assert axis == "accuracy on test" and {spot.quality for spot in spots} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "match"),
+    [
+        ({"a": GateError}, GateError, "^a came to nothing$"),
+        ({"b": ConfigError}, ConfigError, "^b came to nothing$"),
+        ({"a": GateError, "b": ConfigError}, GateError, "recipes a, b of compress failed.* a: a came .* b: b came"),
+    ],
+)
+def test_a_recipe_that_fails_stops_no_other_of_the_config(failing, error, match, monkeypatch):
+    """O15: all are applied, and then the stage says which failed."""
+    applied = []
+
+    def compressed(task, name, recipe):
+        applied.append(name)
+        if name in failing:
+            raise failing[name](f"{name} came to nothing")
+
+    monkeypatch.setattr(compression, "compress_task", compressed)
+    export = SimpleNamespace(enabled=False, recipe="", fast="")
+    stages = SimpleNamespace(experiment=SimpleNamespace(export=export, compress=dict.fromkeys("abc")))
+    with pytest.raises(error, match=match):
+        Stages.compress(stages)
+    assert applied == ["a", "b", "c"]
+
+
 class TestPromiseOfAnExport:
     """What `kept_promise` lets through, on reports as other calls leave them (K10)."""
 
@@ -277,6 +456,15 @@ class TestPromiseOfAnExport:
         self.changed(classified, settings={**half.model_dump(mode="json"), "max_drop": {"accuracy": 0.1}})
         kept_promise(task, "export.recipe", "half", bare, "average")
         assert len(asked) == 2, "one that promises nothing keeps what its caller asked for"
+
+    def test_what_other_code_judged_is_judged_anew(self, classified, task, half, asked, monkeypatch):
+        """So is a report that does not say what it was made of."""
+        monkeypatch.setattr(compression, "compressing_version", lambda: "other")
+        kept_promise(task, "export.recipe", "half", half, "average")
+        assert asked == ["half"]
+        monkeypatch.undo()
+        monkeypatch.setattr(compression, "compress_task", lambda *_: pytest.fail("it is of this code"))
+        kept_promise(task, "export.recipe", "half", half, "average")
 
     def test_another_rule(self, classified, task, half, asked):
         self.changed(classified, served="image")
@@ -357,26 +545,40 @@ class TestSearch:
     def test_rankings_choose_among_recipes(self, ranked):
         """The scoring model is one file: the recipe with the best lists that fits."""
         report, mixes = search_run(ranked, {"packed": recipe_named("packed", {})}, 10**9, 0.2)
-        assert report["recipe"] == "packed" and len(mixes) == 1
+        assert report["recipe"] == "packed" and mixes[0].recipes == {"all": "packed"}
+        assert {mix.recipes["all"] for mix in mixes} <= {"packed", "as it was"}
+        assert mixes[0].quality == report["validation"]["after"]["ndcg@10"]["value"]
 
 
 def test_a_recipe_of_no_use_ends_no_search_of_rankings(monkeypatch):
-    """A5: one that changes nothing is left out; where all are, it is said."""
+    """A5: one that changes nothing is left out; where all are, it is said. What is told of mixes are values on
+    validation, and what is served as it was is one of them."""
 
     def compressed(task, name, recipe):
         if name == "useless":
             raise GateError("it changes nothing.")
-        difference = {"validation": {"ndcg@10": {"difference": -0.001}}}
-        return {"recipe": name, "differences": difference, "cost": {"after": {"bytes": 10}}}
+        found = {when: {"ndcg@10": {"value": value}} for when, value in (("before", 0.301), ("after", 0.3))}
+        return {"recipe": name, "validation": found, "cost": {"before": {"bytes": 40}, "after": {"bytes": 10}}}
 
     monkeypatch.setattr(compression_search, "compress_task", compressed)
     task = SimpleNamespace(
         OVER="candidates", experiment=SimpleNamespace(primary="ndcg@10"), run=SimpleNamespace(quiet=True)
     )
     report, mixes = search(task, {"useless": recipe(), "packed": recipe()}, 100, 0.01)
-    assert report["recipe"] == "packed" and [mix.recipes for mix in mixes] == [{"all": "packed"}]
+    assert report["recipe"] == "packed"
+    assert mixes == [Mix({"all": "packed"}, 10, 0.3), Mix({"all": "as it was"}, 40, 0.301)]
+    with pytest.raises(GateError, match=r"lose at most 0\.0001 of ndcg@10"):
+        search(task, {"packed": recipe()}, 100, 0.0001)
     with pytest.raises(GateError, match="must have a recipe that is of use; none of useless is"):
         search(task, {"useless": recipe()}, 100, 0.01)
+
+
+def test_a_student_of_all_members_is_in_no_mix():
+    """Mixed with others, it would be taught by other members than those it was judged with."""
+    step = {"kind": "distil", "student": {"kind": "dense"}}
+    student = recipe(members={"image": [step]}, student="image")
+    with pytest.raises(ConfigError, match=r"'small' makes one student of all of them\. Leave it out"):
+        search(SimpleNamespace(OVER="classes"), {"small": student}, 100, 0.1)
 
 
 def test_fewer_bytes_are_bought_where_they_cost_least():

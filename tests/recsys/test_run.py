@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fusion.errors import ConfigError
-from recsys.run import CONFIG, Run
+from recsys import run as run_module
+from recsys.run import COMPRESSING, CONFIG, FITTING, Run, code_version, compressing_version
 from recsys.settings import parse_experiment
 
 
@@ -50,3 +51,19 @@ def test_the_resolved_config_comes_first_and_opens_again(tmp_path: Path) -> None
     again = Run.open(tmp_path / "folder" / "latest")
     assert again.folder == run.folder.resolve() and again.experiment.hash() == run.experiment.hash()
     assert json.loads((run.folder / "environment.json").read_text())["packages"]["tensorflow"]
+
+
+def test_code_that_compresses_has_a_version_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of a method makes what it left invalid, and no member that was fitted."""
+    home = Path(run_module.__file__).parent.parent
+    assert all((home / place).exists() for place in FITTING + COMPRESSING)
+    for place in (*FITTING, *COMPRESSING, "fusion/compression/pruning.py"):
+        if place.endswith(".py"):
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place).touch()
+    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "recsys" / "run.py"))
+    versions = []
+    for text in ("one", "other"):
+        (tmp_path / "fusion" / "compression" / "pruning.py").write_text(text)
+        versions.append((code_version.__wrapped__(), compressing_version.__wrapped__()))
+    assert versions[0][0] == versions[1][0] and versions[0][1] != versions[1][1]

@@ -778,6 +778,19 @@ def test_callers_who_never_shake_hands_are_left(store, recommending, tmp_path, m
             assert time.monotonic() - started < 5
 
 
+def test_what_loads_models_has_time(store, tokens, monkeypatch):
+    """O10: a rollback may load the version before; who asks for it hears how it ended."""
+    settings, key = dataclasses.replace(SETTINGS, seconds=0.1), {"authorization": "Bearer s3cret"}
+    monkeypatch.setattr(store, "rollback", lambda *_, **__: time.sleep(0.3) or 1)
+    monkeypatch.setattr(store, "drop_member", lambda *_: time.sleep(0.3))
+    with listening(uvicorn_config(admin_app(store, tokens, settings), settings)) as door:
+        assert door.post("/v1/admin/rollback", {"model": "films"}, **key).status == 200
+        refused(door.post("/v1/admin/members", {"member": "text", "use": False}, **key), 504)
+        paths = door.get("/v1/admin/openapi.json", **key).json["paths"]
+        assert {"/v1/admin/rollback", "/v1/admin/labels", "/v1/admin/items"} <= set(paths)
+        assert "/v1/recommend" not in paths and {"403", "507"} <= set(paths["/v1/admin/labels"]["post"]["responses"])
+
+
 def test_mutual_tls(store, recommending, tmp_path):
     authority = Authority(tmp_path)
     tls = Tls(*authority.issue("server"), client_ca=authority.certificate)
