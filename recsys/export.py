@@ -182,7 +182,8 @@ def _write_artifact(
             path.rename(aside / path.name)
         model.rmdir()
         checks = write_others(aside)
-        write_atomically(aside / "report.html", task.run.path("report.html").read_bytes())  # a server shows it
+        if (page := task.run.path("report.html")).exists():  # a server shows it
+            write_atomically(aside / page.name, page.read_bytes())
         files = {path.relative_to(aside).as_posix(): signatures_in(path) for path in aside.rglob("*.tflite")}
         write_manifest(aside, Manifest(**manifest, signatures=signatures_of(aside), tflite=files))
         loaded = load_savedmodel(aside)
