@@ -274,6 +274,7 @@ def test_among_good_rows_bad_ones_are_counted_and_the_rest_is_served(shop: Path)
 # ---- interruptions and full disks ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_cleanly_and_the_same_command_continues(shop: Path) -> None:
     """A real process is interrupted while it trains; the run then goes on where it was."""
     (shop / "data/interactions.csv").write_text(rows(row for row in GRID if row[2] != 3))
