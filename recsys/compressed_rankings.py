@@ -6,6 +6,8 @@ the encoders by member, the scoring model as a whole. A student of all members t
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -30,19 +32,26 @@ from recsys.collaborative.base import PADDING
 from recsys.collaborative.content import Content, read_items, unit_table
 from recsys.collaborative.tables import pack
 from recsys.compression import PARTS, Compression, Values
+from recsys.compression_page import FOLDER
 from recsys.core import MemberScores, RankingCore
 from recsys.evaluation import Ranker, question
-from recsys.metrics import parse_metric
+from recsys.metrics import Metric, parse_metric
 from recsys.ranking_student import Student, StudentCore, StudentSettings, check_smaller, distil
 from recsys.results import values_of
 from recsys.run import code_version
-from recsys.schema import TRAIN
+from recsys.schema import TRAIN, VALIDATION
 
 REPRESENTATIVE, JUDGED = 200, 300
 """Training items from which ranges are read, and other items by which an encoder is judged."""
 
+MOST_JUDGED = 1 / 3
+"""The largest share of the training items that is judged by, and then not learned from, where there are few others."""
+
 HISTORY = 32
 """Items in the history of the user who is waited for."""
+
+_TESTED = ".tested"
+"""Folder of what recipes made of members that were refitted before the test, below `compressed`."""
 
 _BLOCK = 64
 """Items that are embedded between two marks of progress."""
@@ -57,11 +66,16 @@ SCORES = "scores"
 class RankingCompression(Compression):
     """One recipe over the members of a ranking, before and after, as they were fitted on training rows.
 
-    Where `evaluation.refit` adds the validation rows before the test, what was refitted is left alone: validation would
-    have nothing to say of it. The figures on test are then of the members without these rows.
+    Where `evaluation.refit` adds the validation rows before the test, validation has nothing to say of the refitted
+    members, but the run's figures on test are theirs. The recipe is then applied to these as well, for the test alone:
+    encoders that changed are compressed, and a student is taught, once more.
+
+    Attributes:
+        parts: of the split, whose rows the members know; a student learns from histories of these.
     """
 
     OVER = "candidates"
+    parts: tuple[int, ...] = (TRAIN,)
 
     def members(self) -> dict[str, dict[str, Any]]:
         """As `Compression.members`: content members, whose encoders the recipe has steps for."""
@@ -76,7 +90,8 @@ class RankingCompression(Compression):
                 facts[name] = self._encoder(name, member, steps)
                 table = load_arrays(self.folder / name / "table.npz")["table"]
                 self._after = {**self._after, name: member.with_table(table)}
-        if self.recipe.tables is None:
+        asked = self.recipe.steps or any(self.recipe.members.values())
+        if asked or self.recipe.tables is None:  # packed tables do not make up for steps without effect
             self.check_useful(facts)
         return facts
 
@@ -88,15 +103,25 @@ class RankingCompression(Compression):
     # ---- a student of all members
 
     def _distilled(self) -> dict[str, Any]:
-        """Teaches the student what is served, on histories of the training rows; what `distil` says of it."""
+        """Teaches the student what is served, on histories of the rows that the members know; what `distil` says of it.
+
+        Raises:
+            ConfigError: what the recipe says of it does not fit a ranking's student.
+            DataError: there are no histories.
+        """
         settings, task = self.recipe.student, self.task
         if not isinstance(settings, StudentSettings):
             raise ConfigError(
                 f"a ranking's student is a model of its own, and must be settings such as {{factors: 64}}; received "
                 f"'{settings}'."
             )
+        if self.recipe.tables is not None and self.recipe.tables.mass < 1.0:
+            raise ConfigError(
+                f"tables.mass must be left out of recipe {self.name}: it cuts lists of neighbours, and a student has "
+                f"none; received {self.recipe.tables.mass:g}."
+            )
         check_smaller(settings, task.interactions.shape[1], [task.fitted[name].member for name in self.rule.members])
-        histories = task.interactions.matrix((task.parts == TRAIN) & task.interactions.positive)
+        histories = task.interactions.matrix(np.isin(task.parts, self.parts) & task.interactions.positive)
 
         def make(folder: Path, options: RunOptions) -> dict[str, Any]:
             student, facts = distil(self.core(after=False), histories, settings, options)
@@ -110,7 +135,8 @@ class RankingCompression(Compression):
         if not self.recipe.student:
             return super()._key(member, steps)
         settings = self.recipe.student.model_dump(mode="json")
-        return content_hash([STUDENT, settings, self._teacher(), code_version(), self.task.manifest.sha256])
+        key = [STUDENT, settings, self._teacher(), self.parts, code_version(), self.task.manifest.sha256]
+        return content_hash(key)
 
     # ---- the encoders
 
@@ -142,14 +168,12 @@ class RankingCompression(Compression):
         return str(self.task.fitted[member].member.encoder.fingerprint())
 
     def _data(self, name: str, values: Any, options: RunOptions) -> CompressionData:
-        """Items of the training rows to compress with; what is learned is to say what the encoder says now."""
+        """Items to compress with and others to judge by; what is learned is to say what the encoder says now."""
         task, member = self.task, self.task.fitted[name].member
         encoder, table = member.encoder, member.table
         random = np.random.default_rng(options.seed)
         counts = task.interactions.matrix(task.parts == TRAIN).getnnz(axis=0)
-        train = random.permutation(np.flatnonzero(member.speaks & (counts > 0)))
-        others = random.permutation(np.flatnonzero(member.speaks & (counts == 0)))
-        judged = others[:JUDGED] if len(others) else train[-JUDGED:]  # of a small catalogue some of both
+        train, judged = dealt(member.speaks, counts, random)
 
         def gather(numbers: np.ndarray) -> Features:
             items = train[numbers]
@@ -185,7 +209,7 @@ class RankingCompression(Compression):
         tables = self.recipe.tables
         if after and tables is not None and not sum(pack(s, tables.bits, tables.mass) for s in scores.scorers):
             raise GateError(
-                f"nothing of recipe {self.name} was of use: it packs tables, and the members that are served "
+                f"the tables of recipe {self.name} were of no use: it packs tables, and the members that are served "
                 f"({', '.join(self.rule.members)}) score by none."
             )
         return RankingCore(scores, self.rule)
@@ -193,23 +217,41 @@ class RankingCompression(Compression):
     def _before(self) -> dict[str, Any]:
         return {name: self.task.fitted[name].member for name in self.rule.members}
 
-    @functools.cache  # noqa: B019  (one recipe lives as long as its report)
-    def _lists(self, after: bool) -> dict[str, Values]:
-        """By part every metric of the lists."""
-        experiment, core = self.task.experiment, self.core(after=after)
-        metrics = [parse_metric(name, self.OVER) for name in experiment.metrics]
-        ranker = Ranker(core.members, {SCORES: core.rule}, max(metric.k or 10 for metric in metrics))
-        found = {}
-        for part, number in PARTS.items():
-            asked = question(self.task.interactions, self.task.parts, number, held_out=experiment.held_out_candidates)
-            with progress(f"rank {part}", len(asked.users), "users", quiet=self.task.run.quiet) as bar:
-                lists = {SCORES: ranker(asked, bar.advance).lists[SCORES]}
-            found[part] = values_of(lists, metrics, self.task.catalogue())[SCORES]
-        return found
+    @functools.cached_property
+    def _tested(self) -> RankingCompression:
+        """The recipe over the members that the run asks about the test part."""
+        task = self.task
+        if not task.experiment.evaluation.refit:
+            return self
+        again = copy.copy(task)
+        again.fitted = {n: dataclasses.replace(f, member=task.test_members[n]) for n, f in task.fitted.items()}
+        again.member_scores = task.test_scores
+        other = type(self)(again, self.name, self.recipe)
+        other.parts, other.folder = (TRAIN, VALIDATION), task.run.path(FOLDER, _TESTED, self.name)
+        other.members()
+        return other
 
+    @functools.cache  # noqa: B019  (one recipe lives as long as its report)
     def values(self, part: str, *, after: bool) -> Values:
         """As `Compression.values`."""
-        return self._lists(after)[part]
+        asked = self if part == "validation" else self._tested
+        return asked._measured(part, asked._ranker(after))
+
+    @functools.cache  # noqa: B019  (as above)
+    def _ranker(self, after: bool) -> Ranker:
+        core = self.core(after=after)
+        return Ranker(core.members, {SCORES: core.rule}, max(metric.k or 10 for metric in self._metrics()))
+
+    def _metrics(self) -> list[Metric]:
+        return [parse_metric(name, self.OVER) for name in self.task.experiment.metrics]
+
+    def _measured(self, part: str, ranker: Ranker) -> Values:
+        """Every metric of the lists that a ranker makes for a part."""
+        task = self.task
+        asked = question(task.interactions, task.parts, PARTS[part], held_out=task.experiment.held_out_candidates)
+        with progress(f"rank {part}", len(asked.users), "users", quiet=task.run.quiet) as bar:
+            lists = {SCORES: ranker(asked, bar.advance).lists[SCORES]}
+        return values_of(lists, self._metrics(), task.catalogue())[SCORES]
 
     def cost(self, *, after: bool) -> dict[str, Any]:
         """As `Compression.cost`: of the scoring model in one file, without the encoders."""
@@ -226,3 +268,21 @@ class RankingCompression(Compression):
         runner = Runner(tflite)
         timed = latency(functools.partial(runner, {"history": padded}))
         return {"bytes": len(tflite), "flops": count_flops(function), **timed}
+
+
+def dealt(speaks: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the items that an encoder is compressed with, and of those by which it is judged.
+
+    The second are items that nobody took in training; where these are fewer than `JUDGED`, training items that are
+    then left out of the first. Only of one or two items both are the same.
+
+    Args:
+        speaks: bool `[I]`, the items that the encoder reads something of.
+        counts: `[I]`, how often each stands in the training rows.
+        random: decides which.
+    """
+    train = random.permutation(np.flatnonzero(speaks & (counts > 0)))
+    others = random.permutation(np.flatnonzero(speaks & (counts == 0)))[:JUDGED]
+    moved = min(JUDGED - len(others), int(MOST_JUDGED * len(train)))
+    judged = np.concatenate([others, train[:moved]])
+    return train[moved:], judged if len(judged) else train

@@ -351,7 +351,7 @@ def distil(
     rows = Rows(len(learned), lambda numbers: _batch(taught, learned[numbers]), taught.history.getnnz(axis=1)[learned])
     judge = Judge(model, taught, judged, settings.temperature) if len(judged) else None
     history = fit(model, loss, rows, settings.training, options, judge, "cross_entropy", higher_is_better=False)
-    student = _learned(model, settings, taught.history)
+    student = _learned(model, settings, taught.history[learned])
     best = history.epochs[history.best_epoch]
     return student, {
         "parameters": student.parameters,
@@ -418,8 +418,9 @@ class Judge:
 
 
 def _learned(model: keras.Model, settings: StudentSettings, histories: sparse.csr_matrix) -> Student:
-    """The tables of the trained model. Of an item that stood in no history the vectors that it has in histories follow
-    from its own, as those of the others do by ridge regression: what the ensemble said of it shaped its own vector."""
+    """The tables of the model that was trained on `histories` `[n, I]`. Of an item that stood in none of them the
+    vectors that it has in histories follow from its own, as those of the others do by ridge regression: what the
+    ensemble said of it shaped its own vector."""
     history, item, bias = (weight.numpy() for weight in model.get_layer("factors").weights)
     known = histories.getnnz(axis=0) > 0
     gram = item[known].T @ item[known]

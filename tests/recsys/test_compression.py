@@ -477,7 +477,7 @@ class TestPromiseOfAnExport:
 
 
 def test_a_small_catalogue_has_items_to_judge_by(tmp_path):
-    """Where every item was learned from and none is left of those that ranges are read from, some count for both."""
+    """Where every item stands in the training rows a third judges, and is not learned from."""
     table = np.eye(30, dtype=np.float32)
     encoder = SimpleNamespace(prepare=lambda values, **_: {"x": values})
     member = SimpleNamespace(encoder=encoder, table=table, speaks=np.ones(30, bool))
@@ -487,7 +487,8 @@ def test_a_small_catalogue_has_items_to_judge_by(tmp_path):
         fitted={"text": SimpleNamespace(member=member)}, parts=np.zeros(1), interactions=interactions
     )
     data = made._data("text", table, RunOptions(0, tmp_path, quiet=True))
-    np.testing.assert_array_equal(data.judge(lambda features: features["x"]), np.ones(30))
+    np.testing.assert_array_equal(data.judge(lambda features: features["x"]), np.ones(10))
+    assert data.rows.n == 20
 
 
 @pytest.mark.slow

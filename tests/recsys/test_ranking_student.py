@@ -20,7 +20,7 @@ from fusion.export.savedmodel import load
 from fusion.files import write_atomically
 from fusion.rules.average import Average
 from fusion.training.trainer import TrainingSettings
-from fusion.types import RunOptions
+from fusion.types import RunOptions, derive_seed
 from recsys.benchmarks import measure_fast
 from recsys.collaborative.base import Member
 from recsys.collaborative.tables import pack
@@ -31,9 +31,11 @@ from recsys.export import artifact_of
 from recsys.fast_profile import SIGNATURE, fast_profile
 from recsys.pipeline import run_experiment
 from recsys.ranking_student import (
+    RIDGE,
     Lessons,
     Student,
     StudentSettings,
+    _held_out,
     check_smaller,
     distil,
     histories_of,
@@ -242,6 +244,28 @@ class TestLearning:
         settings = SETTINGS.model_copy(update={"held_out": 0.0, "training": training, "parts": 1})
         _, facts = distil(core, matrix_of(planted), settings, options(tmp_path))
         assert facts["epochs"] == 1 and "agreement" not in facts
+
+    def test_items_of_held_out_users_alone_follow_from_their_own_vectors(self, world, tmp_path):
+        """By the ridge of what was learned: no history of theirs was, so that theirs are as random as they began."""
+        planted, _, core = world
+        training = TrainingSettings(epochs=1, batch_size=32, learning_rate=0.03)
+        settings = SETTINGS.model_copy(update={"held_out": 0.5, "training": training, "parts": 0})
+        matrix = matrix_of(planted)
+        users = np.flatnonzero(np.diff(matrix.indptr))
+        chosen = _held_out(users, settings, derive_seed(options(tmp_path).seed, "held out"))
+        held = np.isin(np.arange(matrix.shape[0]), users[chosen])
+        only = np.flatnonzero(planted.counts)[:3]
+        keep = sparse.csr_matrix(held[:, None] | ~np.isin(np.arange(matrix.shape[1]), only)[None])
+        matrix = sparse.csr_matrix(matrix.multiply(keep))
+        assert np.array_equal(np.flatnonzero(np.diff(matrix.indptr)), users), "others would be held out"
+        student, _ = distil(core, matrix, settings, options(tmp_path))
+        known = matrix[~held].getnnz(axis=0) > 0
+        assert matrix[held][:, only].nnz and not known[only].any()
+        vectors = student.item[known]
+        gram = vectors.T @ vectors
+        gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+        follows = np.linalg.solve(gram, vectors.T @ student.history[known])
+        np.testing.assert_allclose(student.history[only], student.item[only] @ follows, atol=1e-4)
 
     def test_a_student_as_large_as_its_teacher_is_refused(self, world):
         """One sentence with both sizes."""
