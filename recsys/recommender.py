@@ -86,8 +86,8 @@ class ServedRecommender(tf.Module):
         known = _id_table(item_ids)
         self.item_table: Any = GrowingIds(known, self.item_ids, len(item_ids)) if self.spare else known
         self.user_table = _id_table(user_ids)
-        self.history = _Rows(history, "history")
-        self.seen = _Rows(seen, "seen")
+        self.history = StoredRows(history, "history")
+        self.seen = StoredRows(seen, "seen")
         self.recommend_fast = None if student is None else self._fast_function(student, history)
         self.embed: dict[str, Any] = {}
         self.search: dict[str, Any] = {}
@@ -389,19 +389,27 @@ class ServedRecommender(tf.Module):
         return padded
 
 
-class _Rows(tf.Module):
-    """Rows of a sparse matrix of ones, by number: int32 `[B]` -> `[B, L]`, padded with -1."""
+class StoredRows(tf.Module):
+    """Rows of a sparse matrix of ones, by number: int32 `[B]` -> `[B, L]`, padded with -1; -1 is an empty row.
+
+    It reads the rows that are asked for and nothing else: TensorFlow's gather of a ragged tensor looks through the
+    ends of all rows first: half a millisecond for 600,000 users.
+    """
 
     def __init__(self, matrix: sparse.csr_matrix, name: str) -> None:
         super().__init__()
         self.unknown = matrix.shape[0]  # one row more, which is empty
         splits = np.append(matrix.indptr, matrix.indptr[-1]).astype(np.int32)
         self.splits = constant(splits, tf.int32, f"{name}_splits")
-        self.indices = constant(matrix.indices.astype(np.int32), tf.int32, f"{name}_items")
+        # One number more, for whoever reads where nothing is.
+        self.indices = constant(np.append(matrix.indices, PADDING).astype(np.int32), tf.int32, f"{name}_items")
 
     def __call__(self, rows: tf.Tensor) -> tf.Tensor:
-        stored = tf.RaggedTensor.from_row_splits(self.indices, self.splits, validate=False)
-        return tf.gather(stored, tf.where(rows < 0, self.unknown, rows)).to_tensor(PADDING)
+        rows = tf.where(rows < 0, self.unknown, rows)
+        first, end = tf.gather(self.splits, rows), tf.gather(self.splits, rows + 1)
+        longest = tf.maximum(tf.reduce_max(end - first), 0)  # of no rows it would be the least number that there is
+        places = tf.range(longest) + first[:, None]
+        return tf.gather(self.indices, tf.where(places < end[:, None], places, self.indices.shape[0] - 1))
 
 
 def _id_table(ids: np.ndarray) -> tf.lookup.StaticHashTable:

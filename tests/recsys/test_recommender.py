@@ -28,7 +28,7 @@ from recsys.evaluation import history_rows
 from recsys.export import artifact_of
 from recsys.pipeline import rerun, run_experiment
 from recsys.ranking_task import RankingTask
-from recsys.recommender import UNSCORED, ServedRecommender
+from recsys.recommender import UNSCORED, ServedRecommender, StoredRows
 from recsys.run import Run
 from recsys.schema import TEST, TRAIN
 from recsys.settings import parse_experiment
@@ -125,6 +125,24 @@ def under(served: Served, request: pytest.FixtureRequest) -> Served:
     known = served.item_ids, served.user_ids, served.history, served.seen
     core = RankingCore(members, rule)
     return Served(ServedRecommender(core, *known, K_MAX), core, *known)
+
+
+class TestStoredRows:
+    def test_any_rows(self) -> None:
+        """Also nobody's, empty ones at both ends, one twice, and none at all."""
+        matrix = sparse.csr_matrix(np.array([[0, 0, 0], [0, 1, 1], [1, 0, 0], [0, 0, 0]], np.float32))
+        rows = StoredRows(matrix, "rows")
+        asked = rows(tf.constant([1, -1, 2, 0, 3, 1])).numpy()
+        assert asked.tolist() == [[1, 2], [-1, -1], [0, -1], [-1, -1], [-1, -1], [1, 2]]
+        assert rows(tf.constant([0, 3])).shape == (2, 0) and rows(tf.zeros([0], tf.int32)).shape == (0, 0)
+        assert StoredRows(sparse.csr_matrix((2, 3)), "nothing")(tf.constant([0, 1])).shape == (2, 0)
+
+    def test_nothing_reads_all_of_them(self) -> None:
+        """An answer costs what its own row costs, however many users there are."""
+        rows = StoredRows(sparse.csr_matrix(np.eye(3, dtype=np.float32)), "rows")
+        graph = tf.function(rows, input_signature=[tf.TensorSpec([None], tf.int32)]).get_concrete_function().graph
+        tables = [tensor for tensor in graph.internal_captures if tensor.dtype == tf.resource]
+        assert len(tables) == 2 and {o.type for t in tables for o in t.consumers()} == {"ResourceGather"}
 
 
 class TestRecommend:
