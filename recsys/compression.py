@@ -65,19 +65,21 @@ def compress_run(run: Run, name: str, recipe: Recipe, max_drop: float | None = N
         ConfigError: the run is not evaluated, or the recipe names what it does not have.
         GateError: a method achieved nothing, or more was lost than was promised; the report says so too.
     """
+    return _kept(_applied_to(run, name, recipe, max_drop))
+
+
+def _applied_to(run: Run, name: str, recipe: Recipe, max_drop: float | None) -> dict[str, Any]:
     if max_drop is not None:
         recipe = recipe.model_copy(update={"max_drop": {run.experiment.primary: max_drop}})
-    return _kept(_applied_to(run, name, recipe))
-
-
-def _applied_to(run: Run, name: str, recipe: Recipe) -> dict[str, Any]:
     check_evaluated(run)
     with machine_faults(run.folder), run.locked():
         return _apply(TASKS[run.experiment.task](run), name, recipe)
 
 
-def compress_all(run: Run, recipes: Mapping[str, Recipe]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Every recipe, one after the other; by name the reports, and what was refused and why.
+def compress_all(
+    run: Run, recipes: Mapping[str, Recipe], max_drop: float | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Every recipe, one after the other, as `compress_run`; by name the reports, and what was refused and why.
 
     A recipe that keeps its promise not, achieves nothing or does not fit the run stops no other one. Cells that are
     there are not made again, so an interrupted call is continued by the next one.
@@ -85,7 +87,7 @@ def compress_all(run: Run, recipes: Mapping[str, Recipe]) -> tuple[dict[str, dic
     reports, refused = {}, {}
     for name, recipe in recipes.items():
         try:
-            reports[name] = _applied_to(run, name, recipe)
+            reports[name] = _applied_to(run, name, recipe, max_drop)
             _kept(reports[name])
         except (GateError, ConfigError) as error:
             note(f"{name}: {error}", quiet=run.quiet)

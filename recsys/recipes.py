@@ -70,7 +70,7 @@ class Recipe(Settings):
         for what, training in self._loops():
             if training.precision != "float32":
                 raise ConfigError(
-                    f"{what}: training.precision must be float32 in a recipe, which works on the numbers that are "
+                    f"{what}.precision must be float32 in a recipe, which works on the numbers that are "
                     f"served; received {training.precision}. Leave it out."
                 )
         if not isinstance(self.student, str):
@@ -91,8 +91,8 @@ class Recipe(Settings):
     def _loops(self) -> list[tuple[str, Any]]:
         """The settings of all training loops, and whose they are."""
         parts = [*self.steps, *(part for steps in self.members.values() for part in steps)]
-        found = [(part.kind, getattr(part.config, "training", None)) for part in parts]
-        found += [] if isinstance(self.student, str) else [("student", self.student.training)]
+        found = [(f"{p.kind}: {name}", getattr(p.config, name, None)) for p in parts for name in ("training", "repair")]
+        found += [] if isinstance(self.student, str) else [("student: training", self.student.training)]
         return [(what, training) for what, training in found if training is not None]
 
 

@@ -1,7 +1,7 @@
 """Makes what a run serves smaller: applies recipes, and measures bytes, speed and quality before and after.
 
 A recipe that loses more than --max-drop allows ends with exit code 4, and what is served stays as it is; what it made
-lies in compressed/NAME.refused of the run.
+lies in compressed/NAME.refused of the run. Of several recipes each is applied, whatever becomes of the others.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main() -> int:
     if args.all and args.max_drop is not None:
         parser.error("--max-drop goes with --recipe or --budget; with --all each recipe's own promise counts")
 
+    from fusion.errors import GateError
     from recsys.compression import compress_all, compress_run
     from recsys.compression_search import search_run
     from recsys.compression_summary import overview, pareto_table, summary
@@ -55,6 +56,13 @@ def main() -> int:
     if args.all:
         found, refused = compress_all(run, recipes)
         print(json.dumps({"reports": found, "refused": refused}) if args.json else overview(found, refused))
+        return 0
+    if args.budget is None and len(recipes) > 1:
+        found, refused = compress_all(run, recipes, args.max_drop)
+        print(json.dumps(found) if args.json else summary(found))
+        if refused:
+            sentences = "; ".join(f"{name}: {sentence}" for name, sentence in refused.items())
+            raise GateError(f"{len(refused)} of {len(recipes)} recipes were refused. {sentences}")
         return 0
     if args.budget is None:
         reports = {name: compress_run(run, name, recipe, args.max_drop) for name, recipe in recipes.items()}

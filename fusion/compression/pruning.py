@@ -98,6 +98,14 @@ class Prune(Method):
                 raise ValueError("scope: global compares single weights, which block does not; leave out one of them")
             return self
 
+        @pydantic.model_validator(mode="after")
+        def _rises_while_trained(self) -> Prune.Config:
+            risen = self.set_among("schedule", "ramp")
+            if risen and (self.training is None or self.criterion == "random"):
+                why = "training: null" if self.training is None else "criterion: random"
+                raise ValueError(f"with {why} all zeros are there at once; leave out {', '.join(risen)}")
+            return self
+
     config: Config
 
     def apply(self, subject: Compressed, data: CompressionData) -> tuple[Compressed, Applied]:

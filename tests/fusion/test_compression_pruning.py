@@ -278,6 +278,11 @@ def test_the_latency_policy_refuses_other_networks(model, tmp_path):
         ({"sparsity": 0}, r"prune\.sparsity: input should be greater than 0; received 0\."),
         ({"m_by_n": [4, 4]}, r"m_by_n must be fewer zeros than weights, as in \[2, 4\]; received \[4, 4\]"),
         ({"m_by_n": [2, 4], "block": [4, 1]}, "only one can be had"),
+        (
+            {"training": None, "schedule": "constant"},
+            "with training: null all zeros are there at once; leave out schedule",
+        ),
+        ({"criterion": "random", "ramp": 0.2}, "with criterion: random all zeros are there at once; leave out ramp"),
         ({"m_by_n": [2, 4], "sparsity": 0.8}, "m_by_n says how many zeros there are, and where; leave out sparsity"),
         ({"block": [4, 1], "scope": "global"}, "scope: global compares single weights"),
     ],

@@ -137,6 +137,12 @@ class TestClasses:
         ended = run_tool("compress", classified.folder, "--recipe", "half", "--max-drop", "0.05", "--quiet")
         assert ended.code == 0 and "the promise on accuracy is kept" in ended.out
 
+    def test_one_of_several_recipes_that_is_refused_stops_no_other(self, classified):
+        """The tool ends with 4 and names it; what the others made is printed and kept."""
+        ended = run_tool("compress", classified.folder, "--recipe", "packed", "--recipe", "half", "--quiet")
+        assert ended.code == 4 and "1 of 2 recipes were refused. packed: " in ended.err
+        assert "half" in ended.out and "packed" not in ended.out
+
     def test_what_a_member_is_too_small_for_is_told(self, classified):
         """Steps for all members leave alone those that they have nothing to do for, but never all of them."""
         found = compress_run(

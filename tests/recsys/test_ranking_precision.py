@@ -276,6 +276,11 @@ GRAPH, ORDER = {"kind": "light_gcn"}, {"kind": "sasrec"}
             "compress.small: prune: training.precision must be float32 in a recipe",
         ),
         (
+            {"latent": LATENT},
+            {"compress": {"small": {"steps": [{"kind": "gaussian", "repair": {"precision": "mixed_float16"}}]}}},
+            "compress.small: gaussian: repair.precision must be float32 in a recipe",
+        ),
+        (
             {"latent": LATENT | {"training": {"xla": True}}},
             {"strategy": {"kind": "mirrored", "devices": ["CPU:0"]}},
             "members.latent: training.xla must go with strategy.kind default",
