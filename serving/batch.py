@@ -42,8 +42,17 @@ from serving.catalogue import Catalogue
 from serving.errors import InvalidRequest, NotPossible, NotWritable
 from serving.inputs import Arrays, recommend_inputs
 from serving.messages import BEST, RecommendRequest
-from serving.recommending import NOBODY, SIGNATURES, Shortlist, check, check_weights, reweighed, spread, student_of
-from serving.recommending import _check_k as check_k
+from serving.recommending import (
+    NOBODY,
+    SIGNATURES,
+    Shortlist,
+    check,
+    check_k,
+    check_weights,
+    reweighed,
+    spread,
+    student_of,
+)
 
 if TYPE_CHECKING:
     from serving.predictor import Predictor

@@ -14,6 +14,7 @@ import logging
 import operator
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ MICROSECONDS = tuple(10 * 1.8**step for step in range(33))
 """Upper bounds of the latency buckets: 10 µs to 24 minutes, those of TensorFlow Serving."""
 ROWS = tuple(float(2**step) for step in range(13))
 ROOT = ":tensorflow:serving:"
+CPU = "serving_cpu_seconds"
 NOT_ADDED = {"serving_version_state", "serving_drift"}
 """Gauges that are not added up: of what several processes say, the largest stands."""
 
@@ -86,6 +88,7 @@ class Metrics:
             ),
             _Metric("serving_load_failures", "counter", "Versions that could not be loaded.", ("model_name",)),
             _Metric("serving_alarms", "counter", "Alarms by what they are about.", ("model_name", "kind", "series")),
+            _Metric(CPU, "counter", "Processor time of the server's processes: over calls, what an answer costs.", ()),
             _Metric("serving_kept_answers", "counter", "Calls that were answered without the graph.", ("model_name",)),
             _Metric("serving_unwatched", "counter", "Calls that the monitor had no time for.", ("model_name",)),
             _Metric("serving_queue_depth", "gauge", "Requests that wait for the graph.", ("model_name", "version")),
@@ -195,6 +198,7 @@ class Metrics:
                 for metric in self._metrics.values()
                 for labels, sample in metric.samples.items()
             }
+        found[CPU, ()] = [time.process_time()]
         for gauges in list(self._gauges):
             found |= {(name, labels): [value] for name, labels, value in gauges()}
         return found

@@ -209,7 +209,7 @@ class Recommending:
         deadline = time.monotonic() + self._timeout_ms / 1000
         with self._store.lease(request.model, request.version, request.label) as servable:
             loaded, names = self._beside(servable), servable.predictor.manifest.members
-            _check_k(request.k, servable.predictor.limits)
+            check_k(request.k, servable.predictor.limits)
             if not loaded.catalogue.offers(request.item_id):
                 raise UnknownItem(f"the catalogue has no item '{request.item_id[:100]}'.")
             inputs = {"item_id": [request.item_id], "k": np.full(1, request.k, np.int32)}
@@ -345,14 +345,15 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> None:
             raise InvalidRequest(f"'weights' must lie between 0 and {LARGEST_WEIGHT:g}; '{name}' has {factor}.")
 
 
-def _check_k(k: int, limits: Limits) -> None:
+def check_k(k: int, limits: Limits) -> None:
+    """Raises LimitExceeded for a length that no list may have."""
     if not 1 <= k <= limits.k:
         raise LimitExceeded(f"'k' must be between 1 and {limits.k}; received {k}.")
 
 
 def _inputs(request: RecommendRequest, catalogue: Catalogue, limits: Limits) -> Arrays:
     """The inputs of the signature, checked: they need not go through `Predictor.check` again."""
-    _check_k(request.k, limits)
+    check_k(request.k, limits)
     longer = bool(request.weights) or request.diversity > 0
     user_id = _checked_ids("user_id", (request.user_id,), limits)
     history = _checked_ids("history", request.history, limits)

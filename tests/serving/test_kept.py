@@ -91,10 +91,12 @@ class Graph:
 
 
 def test_a_batcher_asks_its_graph_once(changes):
-    """From threads and on an event loop; another version, or one that keeps nothing, has answers of its own."""
+    """From threads and on an event loop; another version, or one that keeps nothing, has answers of its own. What the
+    graph took is counted by model (O12), and kept answers take nothing."""
     graph, spec = Graph(), Signature({}, {"n": TensorSpec("int64", (None,))})
     batcher = Batcher(graph, {"count": spec}, BatchSettings(keep=8), "kept-toy", lambda: changes[0])
     seen = METRICS.value("serving_kept_answers", ("kept-toy",))
+    taken = METRICS.value(":tensorflow:serving:runtime_latency", ("kept-toy",))
     try:
         for _ in range(3):
             assert batcher.submit("count", question(b"a")).result(5)["n"].tolist() == [2]
@@ -107,6 +109,7 @@ def test_a_batcher_asks_its_graph_once(changes):
         assert METRICS.value("serving_kept_answers", ("kept-toy",)) == seen + 3
         changes[0] += 1
         assert batcher.submit("count", question(b"a")).result(5)["n"].tolist() == [2] and graph.calls == 2
+        assert METRICS.value(":tensorflow:serving:runtime_latency", ("kept-toy",)) == taken + 2
     finally:
         batcher.close()
     plain = Batcher(graph, {"count": spec}, BatchSettings(), "plain-toy")

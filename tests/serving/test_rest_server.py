@@ -598,6 +598,18 @@ def test_alive_is_not_ready(door, store):
         store.ready = True
 
 
+def test_what_answers_cost_can_be_read(door):
+    """O12: the processor time of the server, which only grows, beside the number of calls."""
+
+    def spent():
+        rows = door.get("/monitoring/prometheus/metrics").content.decode().splitlines()
+        return float(next(row for row in rows if row.startswith("serving_cpu_seconds{} ")).split()[1])
+
+    before = spent()
+    door.post("/v1/recommend", {"k": 1})
+    assert 0 < before < spent() <= time.process_time()
+
+
 def test_metrics_count_by_model_and_status(door):
     def count(status, model="films"):
         text = door.get("/monitoring/prometheus/metrics").content.decode()

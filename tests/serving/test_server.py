@@ -314,6 +314,7 @@ def test_numbers_of_several_processes_are_put_together(tmp_path, monkeypatch):
     which = ("films", "1")
     processes = ((os.getppid(), other), (2**22 + 1, dead), (os.getpid(), ours))
     (tmp_path / "orders.json").write_text("[]")  # of the store, in the same folder
+    monkeypatch.setattr(metrics.time, "process_time", lambda: 1.5)
     for number, (process, found) in enumerate(processes, start=1):
         found.share(tmp_path)
         found.watch(lambda n=number: [("serving_queue_depth", which, n), ("serving_version_state", which, 30)])
@@ -324,6 +325,7 @@ def test_numbers_of_several_processes_are_put_together(tmp_path, monkeypatch):
             found.save()
     lines = ours.text().decode().splitlines()
     assert ':tensorflow:serving:request_count{model_name="films",status="OK"} 6' in lines
+    assert "serving_cpu_seconds{} 4.5" in lines
     assert 'serving_queue_depth{model_name="films",version="1"} 4' in lines  # 3 of ours, 1 of the other one
     assert 'serving_version_state{model_name="films",version="1"} 30' in lines
     latency = ':tensorflow:serving:request_latency_{}{{model_name="films",API="Predict",entrypoint="GRPC"{}}} {}'
