@@ -166,7 +166,7 @@ def test_the_page_is_used_by_keyboard_alone(servable, tmp_path):
         browser.resize(1300, 800)
         browser.open(f"http://127.0.0.1:{door.port}/#k=2")
         browser.until(f"{titles} === 'Film 2,Film 1'")
-        browser.press("Tab", 5)  # past the link to the list and the three links above
+        browser.press("Tab", 6)  # past the link to the list and the four links above
         assert browser.run(focus) == "user"
         browser.type("u1")
         browser.until(
