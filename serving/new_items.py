@@ -31,12 +31,12 @@ import numpy as np
 from fusion.export.manifest import EngineError
 from serving.catalogue import IMAGE, ITEM_ID, Catalogue
 from serving.errors import (
+    ArtifactRefused,
     InvalidRequest,
     ItemExists,
     LimitExceeded,
     NotPossible,
     Overloaded,
-    ServingError,
     UnknownItem,
     UnknownModel,
     unknown,
@@ -116,7 +116,7 @@ class _Beside:
 
     @functools.cached_property
     def reader(self) -> Reader:
-        """Of the version's encoders. Raises ServingError where they do not say how they read."""
+        """Of the version's encoders. Raises ArtifactRefused where they do not say how they read."""
         return self.make()
 
 
@@ -173,7 +173,8 @@ class NewItems:
             ItemExists: an id is known already, or stands twice.
             NotPossible: no version takes new items, or one has not enough rows left.
             Overloaded: other calls are busy for longer than WAIT_S, or CALLS of them wait.
-            NotWritable: the disk refuses. ServingError: the journal or the encoders of a version cannot be read.
+            ArtifactRefused: what reads items for a version fails, whatever they are. The log says why.
+            NotWritable: the disk refuses. ServingError: the journal cannot be read.
         """
         check_items(items)
         read = [_for_reader(item) for item in items]
@@ -511,9 +512,8 @@ class NewItems:
     def _read_by(self, name: str, version: int, folder: Path) -> Reader:
         try:
             return self._reader(folder)
-        except (EngineError, OSError, ValueError, LookupError) as error:
-            what = f"version {version} of '{name}' must say how its encoders read items"
-            raise ServingError(f"{what}: {error}") from error
+        except Exception as error:  # it was handed in: whatever it raises, an administrator is told whose fault it is
+            raise _unreadable(name, version, "must say how its encoders read items", error) from error
 
     def _is_up_to_date(self, servable: Servable, items: Sequence[Item], action: str) -> None:
         """Notes that a version has everything of the journal; at its end stands what was done to these items."""
@@ -548,6 +548,9 @@ class NewItems:
                 except EngineError as error:
                     sentence = str(error).replace(str(servable.folder), f"version {servable.version}")
                     raise InvalidRequest(f"'{content}' cannot read the items: {sentence}") from error
+                except Exception as error:
+                    what = f"must read items with '{content}'"
+                    raise _unreadable(servable.name, servable.version, what, error) from error
                 rows = start + np.flatnonzero(available)
                 if len(rows):
                     vectors[content][rows] = predictor.predict(name, inputs)["embedding"]
@@ -607,6 +610,12 @@ class _Embedded:
             {name: [reasons[row] for row in rows] for name, reasons in self.reasons.items()},
             [self.pictures[row] for row in rows],
         )
+
+
+def _unreadable(name: str, version: int, what: str, error: Exception) -> ArtifactRefused:
+    """What an administrator is told; why, with its paths, is for the log."""
+    logger.error("version %d of '%s' %s", version, name, what, exc_info=error)
+    return ArtifactRefused(f"version {version} of '{name}' {what}, and does not; nothing was added. The log says why.")
 
 
 def _added(items: Sequence[Item], found: _Embedded) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from serving.openapi import OPERATIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (?P<ids>[A-R]\d+m?(?:, [A-R]\d+m?)*) \| [^|]+ \| (?P<files>[^|]+) \|$", re.MULTILINE)
@@ -35,3 +37,9 @@ def test_capabilities_are_claimed() -> None:
 def test_what_the_readme_names_is_there(path: str) -> None:
     """Configs and tools of the commands exist."""
     assert (ROOT / path).is_file()
+
+
+def test_the_readme_names_every_call_of_the_administration() -> None:
+    """And none that is not there."""
+    named = set(re.findall(r"`((?:GET|POST) /v1/admin/[^`]+)`", README))
+    assert named == {f"{operation.method} {operation.path}" for operation in OPERATIONS if operation.admin}

@@ -29,7 +29,7 @@ def main() -> int:
         "source", nargs="?", metavar="RUN|MODELS|ARTIFACT", help="a run, a folder of versions or models, or 'latest'"
     )
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="models.config, instead of a folder")
-    parser.add_argument("--name", default="", help="what requests call the model (default: the folder's name)")
+    parser.add_argument("--name", default="", help="what requests call the one model of a folder (default: its own)")
     parser.add_argument("--host", default="127.0.0.1", help="address of all doors (default: this machine only)")
     parser.add_argument(
         "--host-name",
@@ -85,6 +85,8 @@ def main() -> int:
     args = parser.parse_args()
     if (args.source is None) == (args.model_config is None):
         parser.error("give a run, a folder or an artifact, or --model-config")
+    if args.name and args.model_config is not None:
+        parser.error("--name goes with a folder; the models of --model-config have names of their own")
     if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_ca is not None and args.tls_cert is None):
         parser.error("--tls-cert and --tls-key go together, and --tls-ca needs them")
     if (args.admin_port is None) != (args.admin_token_file is None):
@@ -144,7 +146,26 @@ def item_reader(artifact: Path) -> Any:
 
 
 def models(args: argparse.Namespace) -> list[Any]:
-    """The models that are meant. Raises ConfigError when there is none."""
+    """The models that are meant. Raises ConfigError when there is none, and for options that would do nothing."""
+    from fusion.errors import ConfigError
+
+    found = found_models(args)
+    if args.name and args.name not in {config.name for config in found}:
+        raise ConfigError(
+            f"--name must be left out where there are several models, each with a name of its own; {args.source} has "
+            f"{', '.join(config.name for config in found)}."
+        )
+    fixed = [config.name for config in found if config.versions is not None]
+    if args.latest is not None and fixed:
+        raise ConfigError(
+            f"--latest must be left out where the versions are named one by one, as those of {', '.join(fixed)} are; "
+            f"received {args.latest}."
+        )
+    return found
+
+
+def found_models(args: argparse.Namespace) -> list[Any]:
+    """What the folder or the file holds. Raises ConfigError when that is nothing."""
     from fusion.errors import ConfigError
     from serving.model_config import named_models, read_model_config
 

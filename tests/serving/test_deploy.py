@@ -1,5 +1,6 @@
 """What is said about deployment against the code: every file parses, and every name in it exists."""
 
+import argparse
 import importlib
 import json
 import re
@@ -11,6 +12,9 @@ import yaml
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
+from command_line import run_tool
+from fusion.errors import ConfigError
+from fusion.export.manifest import FILE_NAME
 from serving.batching import BatchSettings
 from serving.metrics import METRICS
 from serving.openapi import OPERATIONS
@@ -56,12 +60,19 @@ def stock():
 
 
 @pytest.fixture(scope="module")
-def flags():
-    """By flag of tools/serve.py, its default."""
+def tool():
+    """tools/serve.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))
+        yield importlib.import_module("serve")
+
+
+@pytest.fixture(scope="module")
+def flags(tool):
+    """By flag of tools/serve.py, its default."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["serve.py"])
-        tool, cli = importlib.import_module("serve"), importlib.import_module("cli")
+        cli = importlib.import_module("cli")
         made = []
         parser = cli.parser
         patch.setattr(cli, "parser", lambda *arguments: made.append(parser(*arguments)) or made[0])
@@ -232,6 +243,42 @@ def test_our_server_reads_models_config_too():
     assert (config.name, str(config.folder), config.latest) == ("films", "/models/films", 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model-config", STOCK / "models.config", "--name", "other"], "--name goes with a folder"),
+        (["models", "--drain", "nan"], "must be a number from 0 on, as in 0.01 or 20; received nan"),
+    ],
+)
+def test_options_that_could_not_be_meant(options, sentence):
+    ended = run_tool("serve", *options)
+    assert ended.code == 2 and sentence in ended.err
+
+
+def test_options_that_would_do_nothing(tool, tmp_path):
+    """A name for several models, and so many versions of those that are named one by one."""
+
+    def meant(**given):
+        options = {"source": None, "model_config": None, "name": "", "canary": 0.0, "latest": None}
+        return tool.models(argparse.Namespace(**options | given))
+
+    for name in ("books", "films"):
+        (tmp_path / name / "3").mkdir(parents=True)
+        (tmp_path / name / "3" / FILE_NAME).touch()
+    with pytest.raises(ConfigError, match=r"--name must be left out .* has books, films\."):
+        meant(source=tmp_path, name="one")
+    (config,) = meant(source=tmp_path / "films", name="one", latest=2)
+    assert (config.name, config.latest) == ("one", 2)
+    with pytest.raises(ConfigError, match=r"--latest must be left out .* those of films are; received 2\."):
+        meant(source=tmp_path / "films" / "3", latest=2)
+    text = (STOCK / "models.config").read_text()
+    (tmp_path / "models.config").write_text(text.replace("latest { num_versions: 2 }", "specific { versions: 3 }"))
+    with pytest.raises(ConfigError, match=r"--latest must be left out .* those of films are; received 2\."):
+        meant(model_config=tmp_path / "models.config", latest=2)
+    (config,) = meant(model_config=STOCK / "models.config", latest=5, canary=0.1)
+    assert (config.latest, config.canary) == (5, 0.1)
+
+
 def test_the_image_is_made_of_what_is_there_and_is_not_root(flags):
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     copied = [line.split()[1] for line in lines if line.startswith("COPY") and "--from" not in line]
@@ -259,6 +306,8 @@ def test_compose_is_for_this_machine_only(flags):
             assert path.startswith("${MODELS") or (DEPLOY / path).is_dir()
     server, stock = compose["services"]["server"], compose["services"]["tensorflow-serving"]
     assert set(arguments(server["command"])) <= set(flags)
+    # All addresses inside the container: without a name, a web page whose own name leads here could ask it.
+    assert arguments(server["command"])["--host-name"] == "localhost"
     assert {port.rpartition(":")[2] for port in server["ports"]} == {str(flags["--port"]), str(flags["--rest-port"])}
     assert (DEPLOY / server["build"]["context"]).resolve() == ROOT
     assert (ROOT / server["build"]["dockerfile"]).is_file()

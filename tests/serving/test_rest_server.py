@@ -610,6 +610,19 @@ def test_what_answers_cost_can_be_read(door):
     assert 0 < before < spent() <= time.process_time()
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/recommend", {"k": 1, "model": "fi\0lms"}, 404),
+        ("/v1/models/fi%00lms:predict", {"instances": [{}]}, 404),
+        ("/v1/models/films/versions/1%00:predict", {"instances": [{}]}, 404),
+    ],
+)
+def test_a_zero_byte_in_a_name(door, path, body, status):
+    """O6: no name has one, and no file is asked for by it."""
+    refused(door.post(path, body), status)
+
+
 def test_metrics_count_by_model_and_status(door):
     def count(status, model="films"):
         text = door.get("/monitoring/prometheus/metrics").content.decode()
